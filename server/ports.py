@@ -1,0 +1,137 @@
+"""Protocols between the pipeline and its rooms; each room implements one, `app.py` wires them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterator
+    from contextlib import AbstractAsyncContextManager
+
+    from server.types import (
+        Client,
+        Credentials,
+        Decision,
+        Delta,
+        ModelRequest,
+        Obligations,
+        Outcome,
+        Principal,
+        Prompt,
+        RequestId,
+        ScanReport,
+    )
+
+
+class Authenticator(Protocol):
+    """Credentials to a principal."""
+
+    async def authenticate(self, credentials: Credentials, client: Client) -> Principal:
+        """Return who the caller is.
+
+        Raises:
+            AuthenticationError: No credential, or none that is valid.
+            RateLimitedError: Too many failures from this address.
+        """
+        ...
+
+    def is_revoked(self, principal: Principal) -> bool:
+        """Whether the credential behind `principal` was revoked or ran out since; asked while a stream runs."""
+        ...
+
+
+class Policy(Protocol):
+    """(principal, request) to a decision; pure, deny by default."""
+
+    def decide(self, principal: Principal, action: str, request: ModelRequest, client: Client) -> Decision:
+        """Return the decision with its reason; never raises for a refusal."""
+        ...
+
+
+class Limits(Protocol):
+    """Reserve before, settle after."""
+
+    def reserve(
+        self, principal: Principal, request: ModelRequest, *, prompt_tokens: int, max_tokens: int
+    ) -> AbstractAsyncContextManager[Reservation]:
+        """Hold what the request may cost; on exit what was not settled is given back.
+
+        Raises:
+            RateLimitedError: A limit or a budget is spent.
+        """
+        ...
+
+
+class Reservation(Protocol):
+    """What a request holds of its limits while it runs."""
+
+    headers: dict[str, str]
+
+    def settle(self, outcome: Outcome) -> None:
+        """Replace the reservation by what was really used."""
+        ...
+
+
+class PromptRenderer(Protocol):
+    """Template and client text to token ids, exactly; lives with one model's tokenizer."""
+
+    def render(self, request: ModelRequest, obligations: Obligations, principal: Principal) -> Prompt:
+        """Return the prompt with the security template first and client text neutralised.
+
+        Raises:
+            RequestError: The text can't be rendered without control tokens of the client's making.
+            ConfigError: The obligation names a template that is not loaded.
+        """
+        ...
+
+
+class Guard(Protocol):
+    """Scans what goes in and what comes out."""
+
+    async def admit(self, request: ModelRequest, obligations: Obligations) -> tuple[ModelRequest, ScanReport]:
+        """Scan client text; return the request (redacted where policy says so) and the report.
+
+        Raises:
+            ContentBlockedError: Policy blocks what was found.
+        """
+        ...
+
+    def release(
+        self, deltas: AsyncIterator[list[Delta]], request: ModelRequest, obligations: Obligations, outcome: Outcome
+    ) -> AsyncGenerator[list[Delta], None]:
+        """Yield what may leave now; sets `outcome.scan` before the last batch.
+
+        Raises:
+            ContentBlockedError: Policy blocks what was found; nothing of the finding has left.
+        """
+        ...
+
+
+class Engine(Protocol):
+    """One model's engine, local or remote."""
+
+    model: str
+    max_model_len: int
+
+    def stream(
+        self, prompt: Prompt, request: ModelRequest, *, max_tokens: int, cache_salt: str, request_id: RequestId
+    ) -> AsyncGenerator[list[Delta], None]:
+        """Yield what the engine says, a list for each read of its socket; closing the generator aborts the request.
+
+        Raises:
+            EngineUnavailableError: The engine is not ready.
+            EngineError: It failed on this request.
+        """
+        ...
+
+
+class AuditAppender(Protocol):
+    """Where records become durable."""
+
+    async def append(self, entry: dict[str, Any]) -> int:
+        """Return the entry's index in the log, once it is durable.
+
+        Raises:
+            AuditUnavailableError: The log cannot be written.
+        """
+        ...

@@ -1,0 +1,257 @@
+"""Frozen values that travel along the data path; no behaviour beyond construction, no I/O."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, NewType
+
+SubjectId = NewType("SubjectId", str)
+TenantId = NewType("TenantId", str)
+RequestId = NewType("RequestId", str)
+
+
+class Secret:
+    """A value that must never be printed; `reveal()` is the only way to it."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        self._value = value
+
+    def reveal(self) -> str:
+        """Return the value; the caller keeps it out of logs, errors and records."""
+        return self._value
+
+    def __repr__(self) -> str:
+        return "<redacted>"
+
+    __str__ = __repr__
+
+
+class WireFormat(StrEnum):
+    """The wire formats that reach a model; one file in `server/api/` each."""
+
+    CHAT = "openai.chat"
+    COMPLETION = "openai.completion"
+    RESPONSE = "openai.response"
+    MESSAGE = "anthropic.message"
+    EMBEDDING = "openai.embedding"
+    FIM = "mistral.fim"
+    INFILL = "llamacpp.infill"
+    TOKENIZE = "vllm.tokenize"
+
+
+class ScanMode(StrEnum):
+    """What happens with a finding of the guard."""
+
+    OFF = "off"
+    ANNOTATE = "annotate"
+    REDACT = "redact"
+    BLOCK = "block"
+    REPAIR = "repair"
+
+
+class ScanState(StrEnum):
+    """What a scan can honestly say of a text; `unscanned` is never turned into `clean`."""
+
+    CLEAN = "clean"
+    FINDINGS = "findings"
+    UNSCANNED = "unscanned"
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """What the caller offered to prove who it is.
+
+    `values` holds each distinct credential found in the accepted headers (`authorization`, `x-api-key`, `api-key`),
+    empty ones left out; `certificate` is the DER of a verified TLS peer certificate.
+    """
+
+    values: tuple[Secret, ...] = ()
+    malformed: str | None = None
+    certificate: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """Where a request came from; none of it is proof of anything."""
+
+    address: str
+    user_agent: str
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who the caller is, proved. `method` names the proof: `api_key`, `oidc` or `mtls`."""
+
+    subject: SubjectId
+    tenant: TenantId
+    groups: frozenset[str]
+    scopes: frozenset[str]
+    method: str
+    credential_id: str
+    expires_at_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation in OpenAI's message form, whatever wire format it came in; validated, unknown fields dropped.
+
+    `messages` are dicts with `role` in system, developer, user, assistant, tool; `content` is a string, None or a list of
+    text parts. `tools` are OpenAI function tools.
+    """
+
+    messages: tuple[dict[str, Any], ...]
+    tools: tuple[dict[str, Any], ...] = ()
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: dict[str, Any] | None = None
+    task: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A raw prompt, with the text after the cursor where the caller gave one (`suffix`)."""
+
+    prompt: str
+    suffix: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """Texts to embed."""
+
+    inputs: tuple[str, ...]
+    dimensions: int | None = None
+
+
+Payload = Chat | Completion | Embedding
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRequest:
+    """One request to a model, whatever its wire format.
+
+    `sampling` holds only engine fields that the wire format's parser has checked (`temperature`, `top_p`, `stop`, `seed`,
+    `n`, …); `max_tokens` is what the caller asked for, None for "what is left".
+    """
+
+    wire_format: WireFormat
+    model: str
+    payload: Payload
+    sampling: dict[str, Any]
+    max_tokens: int | None = None
+    stream: bool = False
+    include_usage: bool = True
+    cache_hint: str | None = None
+    classification: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Obligations:
+    """What a permit demands; read from the annotations of the policy that permitted.
+
+    `templates` are composed in this order. `stand_in` names what applies where the wire format has no turns.
+    """
+
+    templates: tuple[str, ...] = ()
+    stand_in: str = ""
+    scan_input: ScanMode = ScanMode.ANNOTATE
+    scan_output: ScanMode = ScanMode.ANNOTATE
+    max_tokens: int | None = None
+    tools_allowed: tuple[str, ...] | None = None
+    audit_text: bool = False
+    egress_findings: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What policy says of one request, and why. `policies` are the ids of the policies that decided."""
+
+    allowed: bool
+    reason: str
+    policies: tuple[str, ...]
+    policy_digest: str
+    obligations: Obligations = Obligations()
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateRef:
+    """Which security template stands in a prompt; `digest` is lowercase hex SHA-256 of the composed text."""
+
+    id: str
+    version: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What goes to the engine: token ids made by us, with the text they spell.
+
+    `num_template_tokens` is how many leading tokens the security template and its turn take.
+    """
+
+    text: str
+    token_ids: list[int]
+    template: TemplateRef
+    stand_in: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing a detector found. `start` and `end` are character offsets in the scanned text; no text is kept."""
+
+    rule: str
+    category: str
+    severity: str
+    message: str
+    start: int
+    end: int
+    cwe: str | None = None
+    line: int | None = None
+    language: str | None = None
+    fix: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ScanReport:
+    """The verdict on one whole text."""
+
+    state: ScanState
+    findings: tuple[Finding, ...] = ()
+    reason: str | None = None
+
+
+@dataclass(slots=True)
+class Usage:
+    """Token counts of one request, as the engine counted them."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+@dataclass(slots=True)
+class Delta:
+    """A piece of one choice's answer. Not frozen: a frozen dataclass costs six times as much to make, a token at a time."""
+
+    index: int = 0
+    text: str = ""
+    reasoning: str = ""
+    tool_calls: list[dict[str, Any]] | None = None
+    finish_reason: str | None = None
+    logprobs: dict[str, Any] | None = None
+    usage: Usage | None = None
+    embedding: list[float] | None = None
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How a request ended: `completed`, `denied`, `failed` or `aborted`."""
+
+    status: str = "failed"
+    finish_reasons: dict[int, str] = field(default_factory=dict)
+    usage: Usage = field(default_factory=Usage)
+    scan: ScanReport | None = None
+    error_code: str | None = None
