@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         Prompt,
         RequestId,
         ScanReport,
+        WireFormat,
     )
 
 
@@ -122,6 +123,92 @@ class Engine(Protocol):
             EngineUnavailableError: The engine is not ready.
             EngineError: It failed on this request.
         """
+        ...
+
+
+class Model(Protocol):
+    """One served model: its engine, its tokenizer, its limits."""
+
+    id: str
+
+    async def render(self, request: ModelRequest, obligations: Obligations, principal: Principal) -> Prompt:
+        """As `PromptRenderer.render`; long texts are rendered off the event loop.
+
+        Raises:
+            RequestError: The text can't be rendered without control tokens of the client's making.
+        """
+        ...
+
+    def clamp(self, request: ModelRequest, prompt: Prompt, obligations: Obligations) -> int:
+        """Return how many tokens the answer may have.
+
+        Raises:
+            ContextLengthError: The prompt alone does not fit.
+        """
+        ...
+
+    def describe(self, request: ModelRequest, max_tokens: int) -> dict[str, Any]:
+        """Return model id, digest and effective parameters for the audit record."""
+        ...
+
+    def stream(
+        self, prompt: Prompt, request: ModelRequest, *, max_tokens: int, principal: Principal, request_id: RequestId
+    ) -> AsyncGenerator[list[Delta], None]:
+        """As `Engine.stream`, with the tenant's own cache salt."""
+        ...
+
+
+class Models(Protocol):
+    """The models behind the address."""
+
+    def find(self, name: str) -> Model:
+        """Return the model of this id or alias.
+
+        Raises:
+            ModelNotFoundError: There is none.
+        """
+        ...
+
+
+class Record(Protocol):
+    """One request's audit record, from its first byte to its last."""
+
+    def identify(self, principal: Principal) -> None:
+        """Note who the caller is."""
+        ...
+
+    def decide(self, decision: Decision, request: ModelRequest) -> None:
+        """Note what was asked and what policy said."""
+        ...
+
+    async def accept(self, prompt: Prompt, scan: ScanReport, effective: dict[str, Any]) -> int:
+        """Make the accepted record durable; return its index in the log.
+
+        Raises:
+            AuditUnavailableError: The log cannot be written.
+        """
+        ...
+
+    def count(self, deltas: list[Delta]) -> None:
+        """Note what was released."""
+        ...
+
+    async def finish(self, outcome: Outcome) -> None:
+        """Make the outcome durable.
+
+        Raises:
+            AuditUnavailableError: The log cannot be written.
+        """
+        ...
+
+
+class Audit(Protocol):
+    """Opens a record for every request."""
+
+    def open(
+        self, request_id: RequestId, wire_format: WireFormat, route: str, client: Client
+    ) -> AbstractAsyncContextManager[Record]:
+        """Return a context that writes the outcome on exit, whatever ended the request."""
         ...
 
 

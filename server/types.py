@@ -1,4 +1,4 @@
-"""Frozen values that travel along the data path; no behaviour beyond construction, no I/O."""
+"""Values that travel along the data path; no behaviour beyond their own bookkeeping, no I/O."""
 
 from __future__ import annotations
 
@@ -255,3 +255,11 @@ class Outcome:
     usage: Usage = field(default_factory=Usage)
     scan: ScanReport | None = None
     error_code: str | None = None
+
+    def absorb(self, deltas: list[Delta]) -> None:
+        """Note the finish reasons and the usage that `deltas` carry."""
+        for delta in deltas:
+            if delta.finish_reason is not None:
+                self.finish_reasons[delta.index] = delta.finish_reason
+            if delta.usage is not None:
+                self.usage = delta.usage

@@ -1,0 +1,106 @@
+"""The data path of every request that reaches a model, top to bottom; read this first.
+
+request → principal → decision → input scan → prompt (template, control tokens neutralised) → reservation →
+**accepted, durable** → engine → output scan → text → **finished, durable** → last bytes.
+
+Rooms never call each other: each takes a frozen value and returns one, and this page carries it on. Refusals are raised
+where they are found; the audit record that opened first notes them on the way out.
+"""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from server.errors import AuthenticationError, PermissionDeniedError
+from server.types import Delta, Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Awaitable, Callable
+
+    from server.ports import Audit, Authenticator, Guard, Limits, Models, Policy
+    from server.types import Client, Credentials, ModelRequest, RequestId, WireFormat
+
+
+@dataclass(slots=True)
+class Call:
+    """One call of a route: what it offers, and what the pipeline tells it back."""
+
+    id: RequestId
+    wire_format: WireFormat
+    route: str
+    action: str
+    credentials: Credentials
+    client: Client
+    read: Callable[[], Awaitable[ModelRequest]]
+    request: ModelRequest | None = None
+    model_id: str = ""
+    headers: dict[str, str] = field(default_factory=dict)
+    outcome: Outcome = field(default_factory=Outcome)
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """The rooms, wired by `app.py`."""
+
+    audit: Audit
+    auth: Authenticator
+    models: Models
+    policy: Policy
+    guard: Guard
+    limits: Limits
+
+    async def run(self, call: Call) -> AsyncGenerator[list[Delta], None]:
+        """Yield the answer, a list of deltas for each piece the engine sent.
+
+        The first list comes after the accepted record is durable, and `call.headers` is set by then. The deltas that end
+        the answer come in the last list, after the finished record is durable. Closing the generator aborts the engine's
+        work and records that the client left.
+
+        Raises:
+            StrongroomError: Whatever refused or failed; it is on record by then.
+        """
+        async with self.audit.open(call.id, call.wire_format, call.route, call.client) as record:
+            principal = await self.auth.authenticate(call.credentials, call.client)
+            record.identify(principal)
+            request = await call.read()
+            model = self.models.find(request.model)
+            call.model_id = model.id
+            decision = self.policy.decide(principal, call.action, request, call.client)
+            record.decide(decision, request)
+            if not decision.allowed:
+                raise PermissionDeniedError(decision.reason)
+            request, scan = await self.guard.admit(request, decision.obligations)
+            prompt = await model.render(request, decision.obligations, principal)
+            max_tokens = model.clamp(request, prompt, decision.obligations)
+            call.request = request
+            async with self.limits.reserve(
+                principal, request, prompt_tokens=len(prompt.token_ids), max_tokens=max_tokens
+            ) as reservation:
+                index = await record.accept(prompt, scan, model.describe(request, max_tokens))
+                call.headers |= reservation.headers
+                call.headers |= {
+                    "x-strongroom-template": f"{prompt.template.id}@{prompt.template.version}",
+                    "x-strongroom-template-digest": prompt.template.digest,
+                    "x-strongroom-input-scan": scan.state,
+                    "x-strongroom-audit-index": str(index),
+                }
+                deltas = model.stream(prompt, request, max_tokens=max_tokens, principal=principal, request_id=call.id)
+                released = self.guard.release(deltas, request, decision.obligations, call.outcome)
+                last: list[Delta] = []
+                async with aclosing(deltas), aclosing(released):
+                    async for batch in released:
+                        if self.auth.is_revoked(principal):
+                            raise AuthenticationError("revoked while the answer was running")
+                        record.count(batch)
+                        ready = [delta for delta in batch if delta.finish_reason is None and delta.usage is None]
+                        if len(ready) < len(batch):
+                            last += [d for d in batch if d.finish_reason is not None or d.usage is not None]
+                            call.outcome.absorb(last)
+                        if ready:
+                            yield ready
+                call.outcome.status = "completed"
+                reservation.settle(call.outcome)
+                await record.finish(call.outcome)
+            yield last

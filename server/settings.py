@@ -1,0 +1,292 @@
+"""Typed settings: one YAML file, parsed and validated once, then frozen.
+
+Every setting stands with its default and meaning in `configs/strongroom.yaml`; `tests/docs` holds the two together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from server.errors import ConfigError
+
+MAX_SOCKET_PATH_BYTES = 108
+"""`sun_path` of a unix socket on Linux, its closing NUL included."""
+
+
+class _Section(BaseModel):
+    """A frozen section; an unknown field is an error that names it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+
+class TLSSettings(_Section):
+    """TLS of a listener; client certificates where `client_ca` is set."""
+
+    certificate: Path
+    key: Path
+    client_ca: Path | None = None
+    revoked: Path | None = None
+    require_client_certificate: bool = False
+
+
+class ListenerSettings(_Section):
+    """Where a listener binds, and how long it bears with a slow client."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    tls: TLSSettings | None = None
+    cors_origins: tuple[str, ...] = ()
+    max_body_bytes: int = Field(default=8 * 1024 * 1024, ge=1024)
+    max_header_bytes: int = Field(default=32 * 1024, ge=1024)
+    header_timeout_s: float = Field(default=10.0, gt=0)
+    body_timeout_s: float = Field(default=30.0, gt=0)
+    write_timeout_s: float = Field(default=60.0, gt=0)
+    heartbeat_s: float = Field(default=10.0, ge=1)
+    drain_s: float = Field(default=20.0, ge=0)
+    max_connections: int = Field(default=4096, ge=1)
+
+
+class EngineSettings(_Section):
+    """How vLLM runs for one model; the fields are vLLM's own terms."""
+
+    kind: Literal["vllm", "remote"] = "vllm"
+    url: str | None = None
+    ca: Path | None = None
+    runner: Literal["generate", "pooling"] = "generate"
+    max_model_len: int | None = Field(default=None, ge=16)
+    dtype: str = "auto"
+    quantization: str | None = None
+    kv_cache_gib: int = Field(default=1, ge=1)
+    cpu_cores: str | None = None
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    enforce_eager: bool = False
+    prefix_caching: bool = True
+    speculative_ngram: int = Field(default=0, ge=0, le=16)
+    max_num_seqs: int | None = Field(default=None, ge=1)
+    tool_parser: str | None = None
+    reasoning_parser: str | None = None
+    extra_args: tuple[str, ...] = ()
+    start_timeout_s: float = Field(default=900.0, gt=0)
+
+
+class ModelSettings(_Section):
+    """One model behind the address: which sealed folder, under which names, on which engine."""
+
+    id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,95}$")
+    path: Path
+    aliases: tuple[str, ...] = ()
+    stage: Literal["candidate", "canary", "live"] = "live"
+    classification: str = "internal"
+    licence: str = "unknown"
+    fim: str | None = None
+    engine: EngineSettings = EngineSettings()
+
+
+class SealSettings(_Section):
+    """What a sealed model must prove before its key is asked for."""
+
+    trusted_signers: tuple[Path, ...] = ()
+    allow_unsigned: bool = False
+    network_isolation: Literal["require", "auto", "off"] = "auto"
+
+
+class PolicySettings(_Section):
+    """Where the Cedar policy set lies."""
+
+    directory: Path = Path("policy")
+
+
+class TemplateSettings(_Section):
+    """Where the security templates lie; the lock is `templates.lock` in the same folder."""
+
+    directory: Path = Path("templates")
+    require_signature: bool = False
+    signer: Path | None = None
+
+
+class GuardSettings(_Section):
+    """The scanners' workers and rules."""
+
+    num_workers: int = Field(default=1, ge=1, le=64)
+    scan_timeout_ms: int = Field(default=250, ge=1)
+    rules: Path = Path("guard")
+
+
+class AuditSettings(_Section):
+    """The log's name and pace."""
+
+    origin: str = "strongroom.local/audit"
+    heartbeat_s: float = Field(default=60.0, gt=0)
+    append_timeout_s: float = Field(default=10.0, gt=0)
+
+
+class LimitSettings(_Section):
+    """What everybody may use where no budget says otherwise; 0 stands for no limit."""
+
+    requests_per_minute: int = Field(default=0, ge=0)
+    tokens_per_minute: int = Field(default=0, ge=0)
+    concurrent_requests: int = Field(default=0, ge=0)
+    max_running: int = Field(default=256, ge=1)
+    max_wait_s: float = Field(default=10.0, ge=0)
+
+
+class StoreSettings(_Section):
+    """Control data: keys, floors, budgets. The default is SQLite in the state folder."""
+
+    url: str | None = None
+
+
+class Settings(_Section):
+    """Everything the operator sets."""
+
+    state: Path = Path(".strongroom")
+    public: ListenerSettings = ListenerSettings()
+    admin: ListenerSettings = ListenerSettings(port=8001)
+    models: tuple[ModelSettings, ...] = ()
+    seal: SealSettings = SealSettings()
+    policy: PolicySettings = PolicySettings()
+    templates: TemplateSettings = TemplateSettings()
+    guard: GuardSettings = GuardSettings()
+    audit: AuditSettings = AuditSettings()
+    limits: LimitSettings = LimitSettings()
+    store: StoreSettings = StoreSettings()
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @property
+    def keys_dir(self) -> Path:
+        """Where the server's own secrets lie."""
+        return self.state / "keys"
+
+    @property
+    def audit_dir(self) -> Path:
+        """The audit log's folder."""
+        return self.state / "audit"
+
+    @property
+    def store_url(self) -> str:
+        """SQLAlchemy URL of the store."""
+        return self.store.url or f"sqlite:///{self.state / 'store.db'}"
+
+    @property
+    def audit_socket(self) -> Path:
+        """Where the audit writer listens."""
+        return run_dir(self.state) / "audit.sock"
+
+    def engine_socket(self, model_id: str) -> Path:
+        """Where a model's engine listens; a short digest stands for the id, for the path's length is bounded."""
+        return run_dir(self.state) / f"engine-{hashlib.sha256(model_id.encode()).hexdigest()[:8]}" / "api.sock"
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without duplicate keys."""
+
+
+def _no_duplicates(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        if key in seen:
+            raise ConfigError(f"line {key_node.start_mark.line + 1}: {key!r} is set twice; keep one.")
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _no_duplicates)
+
+
+def load_settings(path: Path, overrides: dict[str, Any] | None = None) -> Settings:
+    """Read and validate the configuration.
+
+    Folders of policy, templates and guard rules are taken relative to the file's own folder; model folders relative to
+    the state folder; everything else relative to the working directory.
+
+    Args:
+        path: The YAML file.
+        overrides: Settings by dotted name (`public.port`) that win over the file, from the command line.
+
+    Raises:
+        ConfigError: The file is missing or a setting is wrong, by name.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as err:
+        raise ConfigError(f"The configuration {path} can't be read: {err.strerror}.") from err
+    try:
+        # A SafeLoader subclass: no object construction, see _StrictLoader.
+        raw = yaml.load(text, Loader=_StrictLoader) or {}  # noqa: S506
+    except yaml.YAMLError as err:
+        raise ConfigError(f"{path} is not valid YAML: {err}") from err
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} must hold settings by name, not a {type(raw).__name__}.")
+    for name, value in (overrides or {}).items():
+        section = raw
+        *parents, last = name.split(".")
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[last] = value
+    return parse_settings(raw, base=path.resolve().parent)
+
+
+def parse_settings(raw: dict[str, Any], *, base: Path) -> Settings:
+    """Validate settings already read; `base` is the folder that relative rule folders start from.
+
+    Raises:
+        ConfigError: A setting is unknown or wrong, by name.
+    """
+    try:
+        settings = Settings.model_validate(raw)
+    except ValidationError as err:
+        first = err.errors(include_url=False, include_input=False)[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"Setting {name!r}: {first['msg']}. See configs/strongroom.yaml for every setting.") from err
+    state = settings.state.expanduser().absolute()
+    models = tuple(m.model_copy(update={"path": _under(state, m.path)}) for m in settings.models)
+    names = [name for model in models for name in (model.id, *model.aliases)]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"Two models answer to the name {name!r}; ids and aliases must differ.")
+    return settings.model_copy(
+        update={
+            "state": state,
+            "models": models,
+            "policy": settings.policy.model_copy(update={"directory": _under(base, settings.policy.directory)}),
+            "templates": settings.templates.model_copy(
+                update={"directory": _under(base, settings.templates.directory)}
+            ),
+            "guard": settings.guard.model_copy(update={"rules": _under(base, settings.guard.rules)}),
+        }
+    )
+
+
+def _under(base: Path, path: Path) -> Path:
+    return path if path.is_absolute() else base / path
+
+
+def run_dir(state: Path) -> Path:
+    """Folder of this state's sockets, made with mode 0700.
+
+    It is `STATE/run` where the socket paths below it fit the kernel's limit; otherwise a folder named after the state in
+    the temporary folder, refused when somebody else owns it.
+
+    Raises:
+        ConfigError: The folder belongs to another user.
+    """
+    path = state / "run"
+    if len(str(path / "engine-00000000" / "api.sock").encode()) >= MAX_SOCKET_PATH_BYTES:
+        digest = hashlib.sha256(str(state).encode()).hexdigest()[:12]
+        path = Path(tempfile.gettempdir()) / f"strongroom-{os.getuid()}-{digest}"
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    info = path.lstat()
+    if info.st_uid != os.getuid() or path.is_symlink():
+        raise ConfigError(f"{path} belongs to another user; remove it, or set a shorter state folder.")
+    if info.st_mode & 0o077:
+        path.chmod(0o700)
+    return path
