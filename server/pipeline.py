@@ -10,7 +10,7 @@ where they are found; the audit record that opened first notes them on the way o
 from __future__ import annotations
 
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from server.errors import AuthenticationError, PermissionDeniedError
@@ -67,6 +67,8 @@ class Pipeline:
             request = await call.read()
             model = self.models.find(request.model)
             call.model_id = model.id
+            if request.model != model.id:  # an alias: from here on, records and policies see one name
+                request = replace(request, model=model.id)
             decision = self.policy.decide(principal, call.action, request, call.client)
             record.decide(decision, request)
             if not decision.allowed:
