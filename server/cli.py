@@ -56,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments and arguments[0] in names:
         command = load_command(arguments[0])
         parser = argparse.ArgumentParser(
-            prog=f"strongroom {arguments[0]}", description=command.HELP, epilog=command.EPILOG,
+            prog=f"strongroom {arguments[0]}",
+            description=command.HELP,
+            epilog=command.EPILOG,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.configure(parser)
@@ -73,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except BrokenPipeError:  # `strongroom … | head`
             sys.stderr.close()
             return 0
-    verb_list = top.add_argument("verb", nargs="?", help="one of: " + ", ".join(names), metavar="VERB")
+    top.add_argument("verb", nargs="?", help="one of: " + ", ".join(names), metavar="VERB")
     args = top.parse_args(arguments[:1])
     if args.version:
         print(importlib.metadata.version("strongroom"))
@@ -81,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.verb is None:
         top.print_help()
         return 2
-    top.error(str(argparse.ArgumentError(verb_list, f"there is no {args.verb!r}; choose from {', '.join(names)}")))
+    print(f"strongroom: there is no verb {args.verb!r}; choose from {', '.join(names)}.", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -54,9 +54,9 @@ class Pipeline:
     async def run(self, call: Call) -> AsyncGenerator[list[Delta], None]:
         """Yield the answer, a list of deltas for each piece the engine sent.
 
-        The first list comes after the accepted record is durable, and `call.headers` is set by then. The deltas that end
-        the answer come in the last list, after the finished record is durable. Closing the generator aborts the engine's
-        work and records that the client left.
+        The first list comes after the accepted record is durable, and `call.headers` is set by then. The deltas that
+        end the answer come in the last list, after the finished record is durable. Closing the generator aborts the
+        engine's work and records that the client left.
 
         Raises:
             StrongroomError: Whatever refused or failed; it is on record by then.

@@ -192,7 +192,7 @@ class _StrictLoader(yaml.SafeLoader):
 def _no_duplicates(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        key = loader.construct_object(key_node, deep=True)
         if key in seen:
             raise ConfigError(f"line {key_node.start_mark.line + 1}: {key!r} is set twice; keep one.")
         seen.add(key)
@@ -273,8 +273,8 @@ def _under(base: Path, path: Path) -> Path:
 def run_dir(state: Path) -> Path:
     """Folder of this state's sockets, made with mode 0700.
 
-    It is `STATE/run` where the socket paths below it fit the kernel's limit; otherwise a folder named after the state in
-    the temporary folder, refused when somebody else owns it.
+    It is `STATE/run` where the socket paths below it fit the kernel's limit; otherwise a folder named after the state
+    in the temporary folder, refused when somebody else owns it.
 
     Raises:
         ConfigError: The folder belongs to another user.

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NewType
 
+from typing_extensions import override
+
 SubjectId = NewType("SubjectId", str)
 TenantId = NewType("TenantId", str)
 RequestId = NewType("RequestId", str)
@@ -23,6 +25,7 @@ class Secret:
         """Return the value; the caller keeps it out of logs, errors and records."""
         return self._value
 
+    @override
     def __repr__(self) -> str:
         return "<redacted>"
 
@@ -98,8 +101,8 @@ class Principal:
 class Chat:
     """A conversation in OpenAI's message form, whatever wire format it came in; validated, unknown fields dropped.
 
-    `messages` are dicts with `role` in system, developer, user, assistant, tool; `content` is a string, None or a list of
-    text parts. `tools` are OpenAI function tools.
+    `messages` are dicts with `role` in system, developer, user, assistant, tool; `content` is a string or None.
+    `tools` are OpenAI function tools.
     """
 
     messages: tuple[dict[str, Any], ...]
@@ -133,8 +136,8 @@ Payload = Chat | Completion | Embedding
 class ModelRequest:
     """One request to a model, whatever its wire format.
 
-    `sampling` holds only engine fields that the wire format's parser has checked (`temperature`, `top_p`, `stop`, `seed`,
-    `n`, …); `max_tokens` is what the caller asked for, None for "what is left".
+    `sampling` holds only engine fields that the wire format's parser has checked (`temperature`, `top_p`, `stop`,
+    `seed`, `n`, …); `max_tokens` is what the caller asked for, None for "what is left".
     """
 
     wire_format: WireFormat
@@ -234,7 +237,7 @@ class Usage:
 
 @dataclass(slots=True)
 class Delta:
-    """A piece of one choice's answer. Not frozen: a frozen dataclass costs six times as much to make, a token at a time."""
+    """A piece of one choice's answer. Not frozen: that would make each token six times as dear."""
 
     index: int = 0
     text: str = ""

@@ -44,24 +44,19 @@ class Body:
             ClientDisconnectedError: The client left.
         """
         self._check_headers()
-        first = await self._next()
-        if self.complete:  # nearly every request: one piece, no timer
-            self._check_size(len(first))
-            return first
-        pieces = [first]
-        size = len(first)
+        pieces = []
+        size = 0
         try:
             async with asyncio.timeout(self._timeout_s):
                 while not self.complete:
-                    self._check_size(size)
                     piece = await self._next()
                     size += len(piece)
+                    self._check_size(size)
                     pieces.append(piece)
         except TimeoutError as err:
             raise RequestTimeoutError(
                 f"The request's body did not arrive within {self._timeout_s:g} s; send it again."
             ) from err
-        self._check_size(size)
         return b"".join(pieces)
 
     async def discard(self) -> bool:
@@ -80,7 +75,8 @@ class Body:
         if message["type"] == "http.disconnect":
             raise ClientDisconnectedError
         self.complete = not message.get("more_body", False)
-        return message.get("body", b"")
+        piece: bytes = message.get("body", b"")
+        return piece
 
     def _check_size(self, size: int) -> None:
         if size > self._max_bytes:
@@ -94,7 +90,9 @@ class Body:
             if name == b"content-type":
                 content_type = value.split(b";")[0].strip().lower()
             elif name == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
-                raise UnsupportedMediaTypeError("Send the body without a Content-Encoding; compressed bodies are refused.")
+                raise UnsupportedMediaTypeError(
+                    "Send the body without a Content-Encoding; compressed bodies are refused."
+                )
             elif name == b"content-length" and value.isdigit() and len(value) < 20:
                 self._check_size(int(value))
         if content_type not in (b"application/json", b""):

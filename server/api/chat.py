@@ -64,7 +64,7 @@ class ChatFormat:
         """Return a writer for the answer."""
         return ChatReply(request, "chatcmpl-" + request_id.removeprefix("req_"), created_s)
 
-    def problem(self, problem: Problem, request_id: str) -> bytes:  # noqa: ARG002 - OpenAI's form has no request id
+    def problem(self, problem: Problem, request_id: str) -> bytes:
         """Return the error body."""
         return problem.openai_bytes()
 
@@ -89,12 +89,14 @@ class ChatReply:
 
     def events(self, deltas: list[Delta]) -> bytes:
         """Return one event a delta."""
-        return b"".join([
-            self._text + orjson.dumps(delta.text) + b'},"logprobs":null,"finish_reason":null}]}\n\n'
-            if delta.index == 0 and delta.tool_calls is None and not delta.reasoning and delta.logprobs is None
-            else self._other(delta)
-            for delta in deltas
-        ])
+        return b"".join(
+            [
+                self._text + orjson.dumps(delta.text) + b'},"logprobs":null,"finish_reason":null}]}\n\n'
+                if delta.index == 0 and delta.tool_calls is None and not delta.reasoning and delta.logprobs is None
+                else self._other(delta)
+                for delta in deltas
+            ]
+        )
 
     def end(self, last: list[Delta], outcome: Outcome) -> bytes:
         """Return finish reasons, usage where asked, and `[DONE]`."""
@@ -129,11 +131,16 @@ class ChatReply:
             logprobs = None
             if choice.logprobs:
                 logprobs = {"content": [item for part in choice.logprobs for item in part.get("content") or ()]}
-            choices.append({"index": index, "message": message, "logprobs": logprobs,
-                            "finish_reason": choice.finish_reason})
+            choices.append(
+                {"index": index, "message": message, "logprobs": logprobs, "finish_reason": choice.finish_reason}
+            )
         body: dict[str, Any] = {
-            "id": self._id, "object": "chat.completion", "created": self._created_s, "model": self._request.model,
-            "choices": choices, "usage": usage_of(outcome.usage),
+            "id": self._id,
+            "object": "chat.completion",
+            "created": self._created_s,
+            "model": self._request.model,
+            "choices": choices,
+            "usage": usage_of(outcome.usage),
         }
         if outcome.scan is not None:
             body["strongroom"] = {"scan": outcome.scan.state, "findings": findings_of(outcome)}
@@ -166,7 +173,9 @@ class ChatReply:
         # A chunk with a choice whose delta is empty: clients that know no `strongroom` field skip it.
         assert outcome.scan is not None  # noqa: S101 - the caller looked
         scan = orjson.dumps({"scan": outcome.scan.state, "findings": findings})
-        return self._head + b'{"index":0,"delta":{},"logprobs":null,"finish_reason":null}],"strongroom":' + scan + b"}\n\n"
+        return (
+            self._head + b'{"index":0,"delta":{},"logprobs":null,"finish_reason":null}],"strongroom":' + scan + b"}\n\n"
+        )
 
 
 def usage_of(usage: Usage) -> dict[str, Any]:
@@ -258,8 +267,13 @@ def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
         arguments = function.get("arguments") or "{}"
         if not isinstance(arguments, str):
             raise fields.wrong(f"{where}[{i}].function.arguments", "a string of JSON")
-        calls.append({"id": _short(call.get("id") or f"call_{i}", f"{where}[{i}].id"), "type": "function",
-                      "function": {"name": function["name"], "arguments": arguments}})
+        calls.append(
+            {
+                "id": _short(call.get("id") or f"call_{i}", f"{where}[{i}].id"),
+                "type": "function",
+                "function": {"name": function["name"], "arguments": arguments},
+            }
+        )
     return calls
 
 
@@ -359,5 +373,7 @@ def parse_response_format(value: Any) -> dict[str, Any] | None:
     name = schema.get("name", "response")
     if not isinstance(name, str) or not fields.NAME.match(name):
         raise fields.wrong("response_format.json_schema.name", "letters, digits, '_' and '-'")
-    return {"type": "json_schema",
-            "json_schema": {"name": name, "schema": schema["schema"], "strict": bool(schema.get("strict"))}}
+    return {
+        "type": "json_schema",
+        "json_schema": {"name": name, "schema": schema["schema"], "strict": bool(schema.get("strict"))},
+    }

@@ -53,7 +53,7 @@ class CompletionFormat:
         """Return a writer for the answer."""
         return CompletionReply(request, "cmpl-" + request_id.removeprefix("req_"), created_s)
 
-    def problem(self, problem: Problem, request_id: str) -> bytes:  # noqa: ARG002 - OpenAI's form has no request id
+    def problem(self, problem: Problem, request_id: str) -> bytes:
         """Return the error body."""
         return problem.openai_bytes()
 
@@ -73,12 +73,14 @@ class CompletionReply:
 
     def events(self, deltas: list[Delta]) -> bytes:
         """Return one event a delta."""
-        return b"".join([
-            self._text + orjson.dumps(delta.text) + b',"logprobs":null,"finish_reason":null}]}\n\n'
-            if delta.index == 0 and delta.logprobs is None
-            else self._event(delta)
-            for delta in deltas
-        ])
+        return b"".join(
+            [
+                self._text + orjson.dumps(delta.text) + b',"logprobs":null,"finish_reason":null}]}\n\n'
+                if delta.index == 0 and delta.logprobs is None
+                else self._event(delta)
+                for delta in deltas
+            ]
+        )
 
     def end(self, last: list[Delta], outcome: Outcome) -> bytes:
         """Return finish reasons, the scan's verdict, usage where asked, and `[DONE]`."""
@@ -103,8 +105,12 @@ class CompletionReply:
     def whole(self, deltas: list[Delta], outcome: Outcome) -> bytes:
         """Return the plain body."""
         choices = [
-            {"index": index, "text": "".join(choice.text), "logprobs": _joined(choice.logprobs),
-             "finish_reason": choice.finish_reason}
+            {
+                "index": index,
+                "text": "".join(choice.text),
+                "logprobs": _joined(choice.logprobs),
+                "finish_reason": choice.finish_reason,
+            }
             for index, choice in assemble(deltas).items()
         ]
         body: dict[str, Any] = {**self._object, "choices": choices, "usage": usage_of(outcome.usage)}
@@ -113,8 +119,12 @@ class CompletionReply:
         return orjson.dumps(body)
 
     def _event(self, delta: Delta) -> bytes:
-        choice = {"index": delta.index, "text": delta.text, "logprobs": delta.logprobs,
-                  "finish_reason": delta.finish_reason}
+        choice = {
+            "index": delta.index,
+            "text": delta.text,
+            "logprobs": delta.logprobs,
+            "finish_reason": delta.finish_reason,
+        }
         return self._head + orjson.dumps(choice) + b"]}\n\n"
 
 
@@ -127,7 +137,9 @@ def parse_prompt(value: Any) -> str:
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     if not isinstance(value, str):
-        raise fields.wrong("prompt", "one string (token ids and lists of prompts are not accepted; send one request each)")
+        raise fields.wrong(
+            "prompt", "one string (token ids and lists of prompts are not accepted; send one request each)"
+        )
     return value
 
 

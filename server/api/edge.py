@@ -49,8 +49,11 @@ class Edge:
         scope["request_id"] = request_id
         extra = [(b"x-request-id", request_id.encode()), *_SECURITY_HEADERS]
         if self._origins and origin in self._origins:
-            extra += [(b"access-control-allow-origin", origin), (b"vary", b"Origin"),
-                      (b"access-control-expose-headers", _EXPOSED)]
+            extra += [
+                (b"access-control-allow-origin", origin),
+                (b"vary", b"Origin"),
+                (b"access-control-expose-headers", _EXPOSED),
+            ]
             if scope["method"] == "OPTIONS":
                 await self._preflight(send, extra)
                 return
@@ -75,10 +78,13 @@ class Edge:
         headers = [
             *extra,
             (b"access-control-allow-methods", b"GET, POST, DELETE"),
-            (b"access-control-allow-headers", b"authorization, x-api-key, api-key, content-type, anthropic-version, "
-             b"anthropic-beta, x-stainless-arch, x-stainless-lang, x-stainless-os, x-stainless-package-version, "
-             b"x-stainless-runtime, x-stainless-runtime-version, x-stainless-retry-count, x-stainless-timeout, "
-             b"x-stainless-helper-method, x-request-id"),
+            (
+                b"access-control-allow-headers",
+                b"authorization, x-api-key, api-key, content-type, anthropic-version, "
+                b"anthropic-beta, x-stainless-arch, x-stainless-lang, x-stainless-os, x-stainless-package-version, "
+                b"x-stainless-runtime, x-stainless-runtime-version, x-stainless-retry-count, x-stainless-timeout, "
+                b"x-stainless-helper-method, x-request-id",
+            ),
             (b"access-control-max-age", b"600"),
         ]
         await send({"type": "http.response.start", "status": 204, "headers": headers})

@@ -47,11 +47,11 @@ class EmbeddingFormat:
             sampling={"encoding_format": encoding or "float"},
         )
 
-    def reply(self, request: ModelRequest, request_id: str, created_s: int) -> EmbeddingReply:  # noqa: ARG002 - no id
+    def reply(self, request: ModelRequest, request_id: str, created_s: int) -> EmbeddingReply:
         """Return a writer for the answer."""
         return EmbeddingReply(request)
 
-    def problem(self, problem: Problem, request_id: str) -> bytes:  # noqa: ARG002 - OpenAI's form has no request id
+    def problem(self, problem: Problem, request_id: str) -> bytes:
         """Return the error body."""
         return problem.openai_bytes()
 
@@ -67,11 +67,11 @@ class EmbeddingReply:
         """Return nothing: there is no stream."""
         return b""
 
-    def events(self, deltas: list[Delta]) -> bytes:  # noqa: ARG002 - there is no stream
+    def events(self, deltas: list[Delta]) -> bytes:
         """Return nothing: there is no stream."""
         return b""
 
-    def end(self, last: list[Delta], outcome: Outcome) -> bytes:  # noqa: ARG002 - there is no stream
+    def end(self, last: list[Delta], outcome: Outcome) -> bytes:
         """Return nothing: there is no stream."""
         return b""
 

@@ -8,9 +8,11 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from starlette.responses import Response
+from typing_extensions import override
 
 from server.api.body import Body, ClientDisconnectedError, parse_json_object
 from server.api.problems import describe
+from server.errors import UnavailableError
 from server.pipeline import Call
 from server.types import Client, Credentials, RequestId, Secret
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 _CREDENTIAL_HEADERS = (b"authorization", b"x-api-key", b"api-key")
 MAX_CREDENTIAL_CHARS = 16 * 1024
+END_S = 5.0
+"""How long an exchange that is told to end may take to write its error event and its record."""
 
 
 def read_credentials(scope: Scope) -> Credentials:
@@ -70,28 +74,66 @@ def read_client(scope: Scope) -> Client:
     return Client(address=peer[0] if peer else "local", user_agent=agent[:256].decode("latin-1"))
 
 
+class Traffic:
+    """The exchanges that run now, so that a stop can wait for them and then end them with a word.
+
+    Args:
+        pipeline: The data path.
+        limits: Sizes and time-outs of the listener.
+        metrics: Where requests are counted.
+    """
+
+    def __init__(self, pipeline: Pipeline, limits: ListenerSettings, metrics: Metrics) -> None:
+        self.pipeline = pipeline
+        self.limits = limits
+        self.metrics = metrics
+        self.draining = False
+        self.running: set[Exchange] = set()
+
+    async def drain(self, limit_s: float) -> None:
+        """Refuse new work, wait for what runs, then end what is left with an error event."""
+        self.draining = True
+        await self._wait(limit_s)
+        for exchange in list(self.running):
+            exchange.end()
+        await self._wait(END_S)
+
+    async def _wait(self, limit_s: float) -> None:
+        deadline_s = time.monotonic() + limit_s
+        while self.running and time.monotonic() < deadline_s:  # noqa: ASYNC110 - once, at a stop
+            await asyncio.sleep(0.05)
+
+
 class Exchange(Response):
     """The response object of a model route: it runs the pipeline while it writes.
 
     Args:
         fmt: The wire format.
         route: The route's path template, as it stands in the audit record and the metrics.
-        pipeline: The data path.
-        limits: Sizes and time-outs of the listener.
-        metrics: Where requests are counted.
+        traffic: The pipeline, limits and metrics, and where this exchange is known while it runs.
     """
 
-    def __init__(
-        self, fmt: Format, route: str, pipeline: Pipeline, limits: ListenerSettings, metrics: Metrics
-    ) -> None:
+    def __init__(self, fmt: Format, route: str, traffic: Traffic) -> None:
         self.background = None
         self.status_code = 200
         self._format = fmt
         self._route = route
-        self._pipeline = pipeline
-        self._limits = limits
-        self._metrics = metrics
+        self._traffic = traffic
+        self._pipeline = traffic.pipeline
+        self._limits = traffic.limits
+        self._metrics = traffic.metrics
+        self._watch: asyncio.Task[None] | None = None
+        self._task: asyncio.Task[object] | None = None
+        self._client_left = False
+        self._ended = False
 
+    def end(self) -> None:
+        """End the exchange because the server stops; the client gets an error event."""
+        self._ended = True
+        if self._task is not None:
+            self._task.cancel()
+
+    @override
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one exchange."""
         started_s = time.perf_counter()
@@ -107,10 +149,21 @@ class Exchange(Response):
             self._watch = asyncio.get_running_loop().create_task(self._watch_client(receive, task))
             return self._format.parse(parse_json_object(data))
 
-        call = Call(request_id, self._format.wire_format, self._route, self._format.action,
-                    read_credentials(scope), read_client(scope), read)
+        call = Call(
+            request_id,
+            self._format.wire_format,
+            self._route,
+            self._format.action,
+            read_credentials(scope),
+            read_client(scope),
+            read,
+        )
         writer = _Writer(send, self._limits.write_timeout_s)
+        self._task = task
+        self._traffic.running.add(self)
         try:
+            if self._traffic.draining:
+                raise UnavailableError("The server is stopping; send the request again in a moment.")
             async with aclosing(self._pipeline.run(call)) as answer:
                 first = await anext(answer)
                 assert call.request is not None  # noqa: S101 - set before the first list
@@ -126,20 +179,23 @@ class Exchange(Response):
         except (ClientDisconnectedError, _ClientTooSlowError):
             call.outcome.status = "aborted"
         except asyncio.CancelledError:
-            call.outcome.status = "aborted"
-            if not self._client_left:
+            if self._ended:
+                task.uncancel()
+                stopping = UnavailableError("The server is stopping; send the request again in a moment.")
+                await self._fail(describe(stopping), request_id, call, body, writer)
+            elif self._client_left:
+                task.uncancel()
+                call.outcome.status = "aborted"
+            else:
                 raise
-            task.uncancel()
         except Exception as err:  # noqa: BLE001 - the request boundary: nothing but a problem leaves it
             problem = describe(err)
             await self._fail(problem, request_id, call, body, writer)
         finally:
+            self._traffic.running.discard(self)
             if self._watch is not None:
                 self._watch.cancel()
             self._metrics.finished(call, writer.status, time.perf_counter() - started_s)
-
-    _watch: asyncio.Task[None] | None = None
-    _client_left = False
 
     async def _watch_client(self, receive: Receive, task: asyncio.Task[object]) -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -195,21 +251,33 @@ class _Writer:
     async def whole(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         """Send a plain body."""
         self.status = status
-        await self._send({"type": "http.response.start", "status": status, "headers": [
-            (b"content-type", b"application/json; charset=utf-8"),
-            (b"content-length", str(len(body)).encode()),
-            *((name.encode(), value.encode()) for name, value in headers.items()),
-        ]})
+        await self._send(
+            {
+                "type": "http.response.start",
+                "status": status,
+                "headers": [
+                    (b"content-type", b"application/json; charset=utf-8"),
+                    (b"content-length", str(len(body)).encode()),
+                    *((name.encode(), value.encode()) for name, value in headers.items()),
+                ],
+            }
+        )
         await self.write(body, last=True)
 
     async def start_stream(self, headers: dict[str, str]) -> None:
         """Send the head of an event stream."""
         self.status = 200
-        await self._send({"type": "http.response.start", "status": 200, "headers": [
-            (b"content-type", b"text/event-stream; charset=utf-8"),
-            (b"x-accel-buffering", b"no"),
-            *((name.encode(), value.encode()) for name, value in headers.items()),
-        ]})
+        await self._send(
+            {
+                "type": "http.response.start",
+                "status": 200,
+                "headers": [
+                    (b"content-type", b"text/event-stream; charset=utf-8"),
+                    (b"x-accel-buffering", b"no"),
+                    *((name.encode(), value.encode()) for name, value in headers.items()),
+                ],
+            }
+        )
 
     async def write(self, data: bytes, *, last: bool = False) -> None:
         """Send a piece of the body."""

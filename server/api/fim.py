@@ -40,6 +40,6 @@ class FIMFormat:
         """Return a writer for the answer: Mistral's stream has chat-shaped deltas."""
         return ChatReply(request, "fim-" + request_id.removeprefix("req_"), created_s)
 
-    def problem(self, problem: Problem, request_id: str) -> bytes:  # noqa: ARG002 - OpenAI's form has no request id
+    def problem(self, problem: Problem, request_id: str) -> bytes:
         """Return the error body."""
         return problem.openai_bytes()

@@ -36,18 +36,20 @@ class InfillFormat:
         return ModelRequest(
             wire_format=self.wire_format,
             model=fields.model_name(body) if body.get("model") else DEFAULT_MODEL,
-            payload=Completion(prompt=_extra(body.get("input_extra")) + prefix + _string(body, "prompt"),
-                               suffix=_string(body, "input_suffix")),
+            payload=Completion(
+                prompt=_extra(body.get("input_extra")) + prefix + _string(body, "prompt"),
+                suffix=_string(body, "input_suffix"),
+            ),
             sampling=fields.sampling({name: body.get(name) for name in ("temperature", "top_p", "seed", "stop")}),
             max_tokens=_n_predict(body),
             stream=fields.flag(body, "stream"),
         )
 
-    def reply(self, request: ModelRequest, request_id: str, created_s: int) -> InfillReply:  # noqa: ARG002 - no id
+    def reply(self, request: ModelRequest, request_id: str, created_s: int) -> InfillReply:
         """Return a writer for the answer."""
         return InfillReply(request)
 
-    def problem(self, problem: Problem, request_id: str) -> bytes:  # noqa: ARG002 - OpenAI's form has no request id
+    def problem(self, problem: Problem, request_id: str) -> bytes:
         """Return the error body."""
         return problem.openai_bytes()
 
@@ -87,9 +89,13 @@ class InfillReply:
     def _body(self, text: str, outcome: Outcome) -> bytes:
         limit = outcome.finish_reasons.get(0) == "length"
         body: dict[str, Any] = {
-            "index": 0, "content": text, "stop": True, "model": self._request.model,
+            "index": 0,
+            "content": text,
+            "stop": True,
+            "model": self._request.model,
             "stop_type": "limit" if limit else "eos",
-            "tokens_predicted": outcome.usage.completion_tokens, "tokens_evaluated": outcome.usage.prompt_tokens,
+            "tokens_predicted": outcome.usage.completion_tokens,
+            "tokens_evaluated": outcome.usage.prompt_tokens,
             "truncated": False,
         }
         if outcome.scan is not None:

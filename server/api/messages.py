@@ -59,7 +59,7 @@ class MessageFormat:
             stream=fields.flag(body, "stream"),
         )
 
-    def reply(self, request: ModelRequest, request_id: str, created_s: int) -> MessageReply:  # noqa: ARG002 - no time
+    def reply(self, request: ModelRequest, request_id: str, created_s: int) -> MessageReply:
         """Return a writer for the answer."""
         return MessageReply(request, "msg_" + request_id.removeprefix("req_"))
 
@@ -79,9 +79,15 @@ class MessageReply:
 
     def begin(self) -> bytes:
         """Return `message_start`."""
-        message = {
-            "id": self._id, "type": "message", "role": "assistant", "model": self._request.model, "content": [],
-            "stop_reason": None, "stop_sequence": None, "usage": {"input_tokens": 0, "output_tokens": 0},
+        message: dict[str, Any] = {
+            "id": self._id,
+            "type": "message",
+            "role": "assistant",
+            "model": self._request.model,
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
+            "usage": {"input_tokens": 0, "output_tokens": 0},
         }
         return _event("message_start", {"type": "message_start", "message": message})
 
@@ -101,8 +107,7 @@ class MessageReply:
                     b'event: content_block_delta\ndata: {"type":"content_block_delta","index":%d,'
                     b'"delta":{"type":"text_delta","text":%b}}\n\n' % (self._block, orjson.dumps(delta.text))
                 )
-            for piece in delta.tool_calls or ():
-                pieces.append(self._tool(piece))
+            pieces.extend(self._tool(piece) for piece in delta.tool_calls or ())
         return b"".join(pieces)
 
     def end(self, last: list[Delta], outcome: Outcome) -> bytes:
@@ -113,8 +118,10 @@ class MessageReply:
         pieces.append(self._close())
         change: dict[str, Any] = {
             "type": "message_delta",
-            "delta": {"stop_reason": _STOP_REASONS.get(outcome.finish_reasons.get(0, "stop"), "end_turn"),
-                      "stop_sequence": None},
+            "delta": {
+                "stop_reason": _STOP_REASONS.get(outcome.finish_reasons.get(0, "stop"), "end_turn"),
+                "stop_sequence": None,
+            },
             "usage": _usage(outcome),
         }
         if outcome.scan is not None:
@@ -141,13 +148,22 @@ class MessageReply:
         if text or not choice.tool_calls:
             content.append({"type": "text", "text": text})
         content += [
-            {"type": "tool_use", "id": call["id"], "name": call["function"]["name"],
-             "input": _arguments(call["function"]["arguments"])}
+            {
+                "type": "tool_use",
+                "id": call["id"],
+                "name": call["function"]["name"],
+                "input": _arguments(call["function"]["arguments"]),
+            }
             for call in choice.tool_calls.values()
         ]
         body: dict[str, Any] = {
-            "id": self._id, "type": "message", "role": "assistant", "model": self._request.model, "content": content,
-            "stop_reason": _STOP_REASONS.get(choice.finish_reason, "end_turn"), "stop_sequence": None,
+            "id": self._id,
+            "type": "message",
+            "role": "assistant",
+            "model": self._request.model,
+            "content": content,
+            "stop_reason": _STOP_REASONS.get(choice.finish_reason, "end_turn"),
+            "stop_sequence": None,
             "usage": _usage(outcome),
         }
         if outcome.scan is not None:
@@ -159,8 +175,12 @@ class MessageReply:
         index = piece.get("index", 0)
         opened = b""
         if self._open != ("tool_use", index):
-            block = {"type": "tool_use", "id": piece.get("id") or f"toolu_{index}", "name": function.get("name") or "",
-                     "input": {}}
+            block: dict[str, Any] = {
+                "type": "tool_use",
+                "id": piece.get("id") or f"toolu_{index}",
+                "name": function.get("name") or "",
+                "input": {},
+            }
             opened = self._to_block("tool_use", index, block)
         arguments = function.get("arguments")
         if not arguments:
@@ -193,8 +213,12 @@ def _event(name: str, data: dict[str, Any]) -> bytes:
 
 def _usage(outcome: Outcome) -> dict[str, int]:
     usage = outcome.usage
-    return {"input_tokens": usage.prompt_tokens - usage.cached_tokens, "output_tokens": usage.completion_tokens,
-            "cache_read_input_tokens": usage.cached_tokens, "cache_creation_input_tokens": 0}
+    return {
+        "input_tokens": usage.prompt_tokens - usage.cached_tokens,
+        "output_tokens": usage.completion_tokens,
+        "cache_read_input_tokens": usage.cached_tokens,
+        "cache_creation_input_tokens": 0,
+    }
 
 
 def _arguments(text: str) -> Any:
@@ -227,7 +251,8 @@ def _texts(value: Any, where: str) -> list[str]:
 
 def _unsupported(where: str) -> RequestError:
     return RequestError(
-        f"'{where}' must be a text block; images and documents are not accepted by this model.", param=where,
+        f"'{where}' must be a text block; images and documents are not accepted by this model.",
+        param=where,
         code="unsupported_content",
     )
 
@@ -265,8 +290,9 @@ def _assistant(blocks: list[Any], where: str) -> dict[str, Any]:
             if not isinstance(call_id, str) or not call_id or len(call_id) > 256:
                 raise fields.wrong(f"{where}[{i}].id", "a string of at most 256 characters")
             arguments = orjson.dumps(block.get("input") or {}).decode()
-            calls.append({"id": call_id, "type": "function",
-                          "function": {"name": block["name"], "arguments": arguments}})
+            calls.append(
+                {"id": call_id, "type": "function", "function": {"name": block["name"], "arguments": arguments}}
+            )
         elif kind in ("thinking", "redacted_thinking", "server_tool_use", "web_search_tool_result"):
             continue  # the model's own earlier thoughts and other servers' tools: not part of what it is told again
         else:
@@ -315,15 +341,17 @@ def _parse_tools(value: Any) -> tuple[dict[str, Any], ...]:
         if "input_schema" not in tool:  # Claude Code sends its servers' own tools, such as web search
             log.info("dropped a tool of a type this server does not know", extra={"index": i})
             continue
-        function = {"name": tool.get("name"), "description": tool.get("description"),
-                    "parameters": tool["input_schema"], "strict": tool.get("strict")}
+        function = {
+            "name": tool.get("name"),
+            "description": tool.get("description"),
+            "parameters": tool["input_schema"],
+            "strict": tool.get("strict"),
+        }
         tools.append(parse_function(function, f"tools[{i}]"))
     return tuple(tools)
 
 
-def _parse_tool_choice(
-    value: Any, tools: tuple[dict[str, Any], ...]
-) -> tuple[str | dict[str, Any] | None, bool]:
+def _parse_tool_choice(value: Any, tools: tuple[dict[str, Any], ...]) -> tuple[str | dict[str, Any] | None, bool]:
     if value is None or not tools:
         return None, True
     kind = value.get("type") if isinstance(value, dict) else None

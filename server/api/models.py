@@ -28,8 +28,13 @@ def openai_model(name: str, model: ServedModel) -> dict[str, Any]:
 def anthropic_model(name: str, model: ServedModel) -> dict[str, Any]:
     """Return one model in Anthropic's form."""
     created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(_STARTED_S))
-    return {"type": "model", "id": name, "display_name": name, "created_at": created,
-            "max_input_tokens": model.engine.max_model_len}
+    return {
+        "type": "model",
+        "id": name,
+        "display_name": name,
+        "created_at": created,
+        "max_input_tokens": model.engine.max_model_len,
+    }
 
 
 def list_models(named: Iterable[tuple[str, ServedModel]], *, anthropic: bool) -> dict[str, Any]:
@@ -37,6 +42,10 @@ def list_models(named: Iterable[tuple[str, ServedModel]], *, anthropic: bool) ->
     pairs = list(named)
     if anthropic:
         data = [anthropic_model(name, model) for name, model in pairs]
-        return {"data": data, "has_more": False, "first_id": pairs[0][0] if pairs else None,
-                "last_id": pairs[-1][0] if pairs else None}
+        return {
+            "data": data,
+            "has_more": False,
+            "first_id": pairs[0][0] if pairs else None,
+            "last_id": pairs[-1][0] if pairs else None,
+        }
     return {"object": "list", "data": [openai_model(name, model) for name, model in pairs]}

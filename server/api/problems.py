@@ -94,5 +94,10 @@ def describe(error: BaseException) -> Problem:
         case _:
             # The type alone: an exception's text may hold a piece of the request.
             log.error("unexpected error", extra={"error": type(error).__name__}, exc_info=log.isEnabledFor(10))
-            return Problem(500, "internal_error", "The server failed on this request. Try again; if it lasts, "
-                           "give your administrator the x-request-id.", None, {})
+            return Problem(
+                500,
+                "internal_error",
+                "The server failed on this request. Try again; if it lasts, give your administrator the x-request-id.",
+                None,
+                {},
+            )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import override
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 if TYPE_CHECKING:
+    import asyncio
+
     from server.settings import ListenerSettings
 
 MAX_HEADERS = 128
+
 
 def _plain_response(status: int, reason: bytes, code: bytes, message: bytes) -> bytes:
     """Return a whole response for what never becomes an ASGI request."""
@@ -31,6 +34,7 @@ def protocol_for(listener: ListenerSettings) -> type[HttpToolsProtocol]:
     class LimitedProtocol(HttpToolsProtocol):
         """One connection; uvicorn itself bounds neither the size of headers nor the time they may take."""
 
+        @override
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             self._header_bytes = 0
@@ -42,30 +46,37 @@ def protocol_for(listener: ListenerSettings) -> type[HttpToolsProtocol]:
                 self._certificate = ssl_object.getpeercert(binary_form=True)
             self._start_header_timer()
 
+        @override
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_header_timer()
             super().connection_lost(exc)
 
+        @override
         def data_received(self, data: bytes) -> None:
             # A head that is still open has a timer; a new request on a kept connection starts one here.
-            if self._header_timer is None and (self.cycle is None or self.cycle.response_complete):
+            cycle: Any = self.cycle  # None before the first request, whatever uvicorn's annotation says
+            if self._header_timer is None and (cycle is None or cycle.response_complete):
                 self._start_header_timer()
             super().data_received(data)
 
+        @override
         def on_message_begin(self) -> None:
             self._header_bytes = 0
             self._num_headers = 0
             super().on_message_begin()
 
+        @override
         def on_url(self, url: bytes) -> None:
             self._count(len(url))
             super().on_url(url)
 
+        @override
         def on_header(self, name: bytes, value: bytes) -> None:
             self._num_headers += 1
             self._count(len(name) + len(value))
             super().on_header(name, value)
 
+        @override
         def on_headers_complete(self) -> None:
             self._stop_header_timer()
             if self.transport.is_closing():
@@ -74,26 +85,35 @@ def protocol_for(listener: ListenerSettings) -> type[HttpToolsProtocol]:
             if self._certificate is not None:
                 self.scope["extensions"] = {"tls": {"client_cert_der": self._certificate}}
 
+        @override
         def on_body(self, body: bytes) -> None:
             if not self.transport.is_closing():
                 super().on_body(body)
 
+        @override
         def on_message_complete(self) -> None:
             if not self.transport.is_closing():
                 super().on_message_complete()
 
-        def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - the parser's own words stay inside
-            self.transport.write(_plain_response(400, b"Bad Request", b"invalid_http",
-                                                 b"This is not a valid HTTP/1.1 request."))
+        @override
+        def send_400_response(self, msg: str) -> None:
+            self.transport.write(
+                _plain_response(400, b"Bad Request", b"invalid_http", b"This is not a valid HTTP/1.1 request.")
+            )
             self.transport.close()
 
         def _count(self, size: int) -> None:
             self._header_bytes += size
             too_large = self._header_bytes > listener.max_header_bytes or self._num_headers > MAX_HEADERS
             if too_large and not self.transport.is_closing():
-                self.transport.write(_plain_response(431, b"Request Header Fields Too Large", b"headers_too_large",
-                                                     b"The request line and headers are larger than this server "
-                                                     b"accepts; send less."))
+                self.transport.write(
+                    _plain_response(
+                        431,
+                        b"Request Header Fields Too Large",
+                        b"headers_too_large",
+                        b"The request line and headers are larger than this server accepts; send less.",
+                    )
+                )
                 self.transport.close()
 
         def _start_header_timer(self) -> None:

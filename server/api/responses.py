@@ -42,12 +42,16 @@ class ResponseFormat:
         for name in ("previous_response_id", "conversation", "prompt"):
             if body.get(name) is not None:
                 raise RequestError(
-                    f"'{name}' is not accepted: this server stores no responses; send the whole input.", param=name,
+                    f"'{name}' is not accepted: this server stores no responses; send the whole input.",
+                    param=name,
                     code="unsupported_parameter",
                 )
         if fields.flag(body, "background"):
-            raise RequestError("'background' is not accepted: answers are given at once.", param="background",
-                               code="unsupported_parameter")
+            raise RequestError(
+                "'background' is not accepted: answers are given at once.",
+                param="background",
+                code="unsupported_parameter",
+            )
         tools = _parse_tools(body.get("tools"))
         text = body.get("text")
         return ModelRequest(
@@ -69,7 +73,7 @@ class ResponseFormat:
         """Return a writer for the answer."""
         return ResponseReply(request, request_id.removeprefix("req_"), created_s)
 
-    def problem(self, problem: Problem, request_id: str) -> bytes:  # noqa: ARG002 - OpenAI's form has no request id
+    def problem(self, problem: Problem, request_id: str) -> bytes:
         """Return the error body."""
         return problem.openai_bytes()
 
@@ -103,10 +107,18 @@ class ResponseReply:
             if delta.text:
                 pieces.append(self._to_message())
                 self._text.append(delta.text)
-                pieces.append(self._event("response.output_text.delta", {
-                    "item_id": self._items[-1]["id"], "output_index": len(self._items) - 1, "content_index": 0,
-                    "delta": delta.text, "logprobs": [],
-                }))
+                pieces.append(
+                    self._event(
+                        "response.output_text.delta",
+                        {
+                            "item_id": self._items[-1]["id"],
+                            "output_index": len(self._items) - 1,
+                            "content_index": 0,
+                            "delta": delta.text,
+                            "logprobs": [],
+                        },
+                    )
+                )
             pieces += [self._call_piece(piece) for piece in delta.tool_calls or ()]
         return b"".join(pieces)
 
@@ -144,21 +156,38 @@ class ResponseReply:
     def _response(self, status: str, items: list[dict[str, Any]], outcome: Outcome | None) -> dict[str, Any]:
         chat = self._request.payload
         response: dict[str, Any] = {
-            "id": f"resp_{self._suffix}", "object": "response", "created_at": self._created_s, "status": status,
-            "background": False, "error": None, "incomplete_details": None, "instructions": None,
-            "max_output_tokens": self._request.max_tokens, "model": self._request.model, "output": items,
-            "parallel_tool_calls": True, "previous_response_id": None, "reasoning": {"effort": None, "summary": None},
-            "store": False, "temperature": self._request.sampling.get("temperature"),
+            "id": f"resp_{self._suffix}",
+            "object": "response",
+            "created_at": self._created_s,
+            "status": status,
+            "background": False,
+            "error": None,
+            "incomplete_details": None,
+            "instructions": None,
+            "max_output_tokens": self._request.max_tokens,
+            "model": self._request.model,
+            "output": items,
+            "parallel_tool_calls": True,
+            "previous_response_id": None,
+            "reasoning": {"effort": None, "summary": None},
+            "store": False,
+            "temperature": self._request.sampling.get("temperature"),
             "text": {"format": {"type": "text"}},
-            "tool_choice": (chat.tool_choice if isinstance(chat, Chat) else None) or "auto", "tools": [],
-            "top_p": self._request.sampling.get("top_p"), "truncation": "disabled", "usage": None, "user": None,
+            "tool_choice": (chat.tool_choice if isinstance(chat, Chat) else None) or "auto",
+            "tools": [],
+            "top_p": self._request.sampling.get("top_p"),
+            "truncation": "disabled",
+            "usage": None,
+            "user": None,
             "metadata": {},
         }
         if outcome is not None:
             usage = outcome.usage
             response["usage"] = {
-                "input_tokens": usage.prompt_tokens, "input_tokens_details": {"cached_tokens": usage.cached_tokens},
-                "output_tokens": usage.completion_tokens, "output_tokens_details": {"reasoning_tokens": 0},
+                "input_tokens": usage.prompt_tokens,
+                "input_tokens_details": {"cached_tokens": usage.cached_tokens},
+                "output_tokens": usage.completion_tokens,
+                "output_tokens_details": {"reasoning_tokens": 0},
                 "total_tokens": usage.prompt_tokens + usage.completion_tokens,
             }
             if status == "incomplete":
@@ -169,8 +198,13 @@ class ResponseReply:
 
     def _message(self, index: int, text: str) -> dict[str, Any]:
         part = {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-        return {"id": f"msg_{self._suffix}_{index}", "type": "message", "status": "completed", "role": "assistant",
-                "content": [part]}
+        return {
+            "id": f"msg_{self._suffix}_{index}",
+            "type": "message",
+            "status": "completed",
+            "role": "assistant",
+            "content": [part],
+        }
 
     def _to_message(self) -> bytes:
         if self._open == ("message", 0):
@@ -181,9 +215,13 @@ class ResponseReply:
         self._items.append(item)
         self._open = ("message", 0)
         part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-        return closed + self._event("response.output_item.added", {"output_index": index, "item": item}) + self._event(
-            "response.content_part.added",
-            {"item_id": item["id"], "output_index": index, "content_index": 0, "part": part},
+        return (
+            closed
+            + self._event("response.output_item.added", {"output_index": index, "item": item})
+            + self._event(
+                "response.content_part.added",
+                {"item_id": item["id"], "output_index": index, "content_index": 0, "part": part},
+            )
         )
 
     def _call_piece(self, piece: dict[str, Any]) -> bytes:
@@ -193,17 +231,25 @@ class ResponseReply:
         if self._open != ("call", key):
             opened = self._close()
             index = len(self._items)
-            item = {**_call_item(f"fc_{self._suffix}_{index}", self._calls[key]), "status": "in_progress",
-                    "arguments": ""}
+            item = {
+                **_call_item(f"fc_{self._suffix}_{index}", self._calls[key]),
+                "status": "in_progress",
+                "arguments": "",
+            }
             self._items.append(item)
             self._open = ("call", key)
             opened += self._event("response.output_item.added", {"output_index": index, "item": item})
         arguments = (piece.get("function") or {}).get("arguments")
         if not arguments:
             return opened
-        return opened + self._event("response.function_call_arguments.delta", {
-            "item_id": self._items[-1]["id"], "output_index": len(self._items) - 1, "delta": arguments,
-        })
+        return opened + self._event(
+            "response.function_call_arguments.delta",
+            {
+                "item_id": self._items[-1]["id"],
+                "output_index": len(self._items) - 1,
+                "delta": arguments,
+            },
+        )
 
     def _close(self) -> bytes:
         if self._open is None:
@@ -215,9 +261,15 @@ class ResponseReply:
         if kind == "call":
             item = _call_item(item_id, self._calls[key])
             self._items[index] = item
-            return self._event("response.function_call_arguments.done", {
-                "item_id": item_id, "output_index": index, "name": item["name"], "arguments": item["arguments"],
-            }) + self._event("response.output_item.done", {"output_index": index, "item": item})
+            return self._event(
+                "response.function_call_arguments.done",
+                {
+                    "item_id": item_id,
+                    "output_index": index,
+                    "name": item["name"],
+                    "arguments": item["arguments"],
+                },
+            ) + self._event("response.output_item.done", {"output_index": index, "item": item})
         item = self._message(index, "".join(self._text))
         self._text = []
         self._items[index] = item
@@ -243,8 +295,14 @@ def _status(outcome: Outcome) -> tuple[str, str]:
 
 def _call_item(item_id: str, call: dict[str, Any]) -> dict[str, Any]:
     function = call["function"]
-    return {"id": item_id, "type": "function_call", "status": "completed", "call_id": call["id"],
-            "name": function["name"], "arguments": function["arguments"]}
+    return {
+        "id": item_id,
+        "type": "function_call",
+        "status": "completed",
+        "call_id": call["id"],
+        "name": function["name"],
+        "arguments": function["arguments"],
+    }
 
 
 def _instructions(value: Any) -> list[dict[str, Any]]:
@@ -274,8 +332,13 @@ def _parse_input(value: Any) -> list[dict[str, Any]]:
         elif kind == "function_call":
             _add_call(messages, item, where)
         elif kind == "function_call_output":
-            messages.append({"role": "tool", "tool_call_id": _call_id(item, where),
-                             "content": _text(item.get("output"), f"{where}.output")})
+            messages.append(
+                {
+                    "role": "tool",
+                    "tool_call_id": _call_id(item, where),
+                    "content": _text(item.get("output"), f"{where}.output"),
+                }
+            )
         elif kind == "reasoning":
             continue  # the model's own earlier thoughts: not part of what it is told again
         else:
@@ -318,7 +381,8 @@ def _text(value: Any, where: str) -> str:
         if not isinstance(text, str):
             raise RequestError(
                 f"'{where}[{i}]' must be a text part; images and files are not accepted by this model.",
-                param=f"{where}[{i}]", code="unsupported_content",
+                param=f"{where}[{i}]",
+                code="unsupported_content",
             )
         texts.append(text)
     return "\n".join(texts)
@@ -343,6 +407,7 @@ def _parse_tools(value: Any) -> tuple[dict[str, Any], ...]:
 def _parse_format(value: Any) -> dict[str, Any] | None:
     if isinstance(value, dict) and value.get("type") == "json_schema":
         inner = {name: value.get(name) for name in ("schema", "strict")}
-        return parse_response_format({"type": "json_schema",
-                                      "json_schema": {**inner, "name": value.get("name") or "response"}})
+        return parse_response_format(
+            {"type": "json_schema", "json_schema": {**inner, "name": value.get("name") or "response"}}
+        )
     return parse_response_format(value)

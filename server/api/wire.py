@@ -1,4 +1,4 @@
-"""What a wire format is: a parser to the pipeline's request, and a writer of its answer. One file each implements it."""
+"""What a wire format is: a parser to the pipeline's request and a writer of its answer, one file each."""
 
 from __future__ import annotations
 
@@ -111,10 +111,19 @@ def findings_of(outcome: Outcome) -> list[dict[str, Any]]:
     if outcome.scan is None:
         return []
     return [
-        {name: value for name, value in (
-            ("rule", finding.rule), ("category", finding.category), ("severity", finding.severity),
-            ("cwe", finding.cwe), ("line", finding.line), ("language", finding.language),
-            ("message", finding.message), ("fix", finding.fix),
-        ) if value is not None}
+        {
+            name: value
+            for name, value in (
+                ("rule", finding.rule),
+                ("category", finding.category),
+                ("severity", finding.severity),
+                ("cwe", finding.cwe),
+                ("line", finding.line),
+                ("language", finding.language),
+                ("message", finding.message),
+                ("fix", finding.fix),
+            )
+            if value is not None
+        }
         for finding in outcome.scan.findings
     ]

@@ -7,6 +7,7 @@ import sys
 import time
 
 import orjson
+from typing_extensions import override
 
 _STANDARD = frozenset(logging.LogRecord("", 0, "", 0, "", (), None).__dict__) | {"message", "asctime", "taskName"}
 
@@ -14,6 +15,7 @@ _STANDARD = frozenset(logging.LogRecord("", 0, "", 0, "", (), None).__dict__) | 
 class JSONFormatter(logging.Formatter):
     """Writes time, level, logger, message and whatever `extra` was given, on one line."""
 
+    @override
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
         line: dict[str, object] = {

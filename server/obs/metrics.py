@@ -18,35 +18,52 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._requests = Counter(
-            "strongroom_requests", "Requests by route, model, HTTP status and outcome.",
-            ("route", "model", "status", "outcome"), registry=self.registry,
+            "strongroom_requests",
+            "Requests by route, model, HTTP status and outcome.",
+            ("route", "model", "status", "outcome"),
+            registry=self.registry,
         )
         self._duration = Histogram(
-            "strongroom_request_duration_seconds", "Time from the first byte of a request to the last of its answer.",
-            ("route", "model"), buckets=_SECONDS, registry=self.registry,
+            "strongroom_request_duration_seconds",
+            "Time from the first byte of a request to the last of its answer.",
+            ("route", "model"),
+            buckets=_SECONDS,
+            registry=self.registry,
         )
         self._ttft = Histogram(
-            "strongroom_time_to_first_token_seconds", "Time from the request's first byte to its first token.",
-            ("model",), buckets=_SECONDS, registry=self.registry,
+            "strongroom_time_to_first_token_seconds",
+            "Time from the request's first byte to its first token.",
+            ("model",),
+            buckets=_SECONDS,
+            registry=self.registry,
         )
         self._tokens = Counter(
-            "strongroom_tokens", "Tokens by model and kind (prompt, cached, completion).",
-            ("model", "kind"), registry=self.registry,
+            "strongroom_tokens",
+            "Tokens by model and kind (prompt, cached, completion).",
+            ("model", "kind"),
+            registry=self.registry,
         )
         self._findings = Counter(
-            "strongroom_guard_findings", "Findings in answers, by category and severity.",
-            ("category", "severity"), registry=self.registry,
+            "strongroom_guard_findings",
+            "Findings in answers, by category and severity.",
+            ("category", "severity"),
+            registry=self.registry,
         )
         self._scans = Counter(
-            "strongroom_guard_scans", "Answers by scan state (clean, findings, unscanned).", ("state",),
+            "strongroom_guard_scans",
+            "Answers by scan state (clean, findings, unscanned).",
+            ("state",),
             registry=self.registry,
         )
         self.engine_ready = Gauge(
-            "strongroom_engine_ready", "1 while the model's engine answers and has passed its self-test.", ("model",),
+            "strongroom_engine_ready",
+            "1 while the model's engine answers and has passed its self-test.",
+            ("model",),
             registry=self.registry,
         )
         self.unsigned_models = Gauge(
-            "strongroom_unsigned_models", "Models that serve without a trusted signature, as the settings allow.",
+            "strongroom_unsigned_models",
+            "Models that serve without a trusted signature, as the settings allow.",
             registry=self.registry,
         )
         self._children: dict[tuple[str, ...], Counter] = {}
@@ -78,14 +95,14 @@ class Metrics:
 
     # `labels()` validates and locks at each call; a dict of children halves the cost of a count.
     def _counter(self, metric: Counter, *labels: str) -> Counter:
-        key = (metric._name, *labels)  # noqa: SLF001 - the name given above
+        key = (metric._name, *labels)
         child = self._children.get(key)
         if child is None:
             child = self._children[key] = metric.labels(*labels)
         return child
 
     def _histogram(self, metric: Histogram, *labels: str) -> Histogram:
-        key = (metric._name, *labels)  # noqa: SLF001 - the name given above
+        key = (metric._name, *labels)
         child = self._histograms.get(key)
         if child is None:
             child = self._histograms[key] = metric.labels(*labels)

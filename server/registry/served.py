@@ -105,13 +105,15 @@ class ServedModel:
         if pooling != isinstance(request.payload, Embedding):
             use = "embeddings only" if pooling else "text generation only"
             raise RequestError(
-                f"The model '{self.id}' serves {use}; choose another model or route.", param="model",
+                f"The model '{self.id}' serves {use}; choose another model or route.",
+                param="model",
                 code="model_not_supported",
             )
         for token in request.sampling.get("logit_bias", ()):
             if int(token) in self.control_ids:
                 raise RequestError(
-                    f"'logit_bias' may not touch the control token {token}.", param="logit_bias",
+                    f"'logit_bias' may not touch the control token {token}.",
+                    param="logit_bias",
                     code="unsupported_parameter",
                 )
 

@@ -1,0 +1,156 @@
+"""The public listener's routes: every wire format by path, the model list, and what a health check may see."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from server.api.chat import ChatFormat
+from server.api.completions import CompletionFormat
+from server.api.edge import Edge, not_found
+from server.api.embeddings import EmbeddingFormat
+from server.api.exchange import Exchange, read_client, read_credentials
+from server.api.fim import FIMFormat
+from server.api.infill import InfillFormat
+from server.api.messages import MessageFormat
+from server.api.models import anthropic_model, list_models, openai_model
+from server.api.problems import describe
+from server.api.responses import ResponseFormat
+from server.errors import MethodNotAllowedError, ModelNotFoundError, StrongroomError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from starlette.types import ASGIApp, Scope
+
+    from server.api.access import Access
+    from server.api.exchange import Traffic
+    from server.api.wire import Format
+    from server.registry.served import ModelRegistry, ServedModel
+    from server.types import Principal
+
+MODEL_ROUTES: tuple[tuple[str, Format], ...] = (
+    ("/v1/chat/completions", ChatFormat()),
+    ("/v1/completions", CompletionFormat()),
+    ("/v1/responses", ResponseFormat()),
+    ("/v1/messages", MessageFormat()),
+    ("/v1/embeddings", EmbeddingFormat()),
+    ("/v1/fim/completions", FIMFormat()),
+    ("/infill", InfillFormat()),
+)
+"""Every route that reaches a model; the tests enumerate controls over this table."""
+
+
+@dataclass(frozen=True, slots=True)
+class PublicDeps:
+    """What the public routes need."""
+
+    traffic: Traffic
+    models: ModelRegistry
+    access: Access
+    ready: Callable[[], bool]
+    cors_origins: tuple[str, ...] = ()
+
+
+def is_anthropic(scope: Scope) -> bool:
+    """Whether the caller speaks Anthropic's dialect: by route, or by its version header."""
+    if scope["path"].startswith("/v1/messages"):
+        return True
+    return any(name == b"anthropic-version" for name, _ in scope["headers"])
+
+
+def problem_response(error: BaseException, scope: Scope) -> Response:
+    """Return the answer to an error of a route that is no wire format of its own."""
+    problem = describe(error)
+    body = orjson.dumps(problem.anthropic(scope["request_id"])) if is_anthropic(scope) else problem.openai_bytes()
+    return Response(body, problem.status, problem.headers, "application/json; charset=utf-8")
+
+
+def json_response(value: Any, status: int = 200) -> Response:
+    """Return `value` as JSON."""
+    return Response(orjson.dumps(value), status, media_type="application/json; charset=utf-8")
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Answer unknown paths and methods in the dialect of the path, and errors by the one map."""
+
+    async def unknown(request: Request, err: Exception) -> Response:
+        status = err.status_code if isinstance(err, HTTPException) else 500
+        if status == 405:
+            allowed = (err.headers or {}).get("Allow", "") if isinstance(err, HTTPException) else ""
+            refusal = MethodNotAllowedError(f"{request.scope['method'][:16]} is not served here; use {allowed}.")
+            response = problem_response(refusal, request.scope)
+            response.headers["allow"] = allowed
+            return response
+        return problem_response(not_found(request.scope["path"]), request.scope)
+
+    async def known(request: Request, err: Exception) -> Response:
+        return problem_response(err, request.scope)
+
+    app.add_exception_handler(HTTPException, unknown)
+    app.add_exception_handler(StrongroomError, known)
+
+
+def model_endpoint(fmt: Format, route: str, traffic: Traffic) -> Callable[[Request], Any]:
+    """Return the endpoint of one wire format."""
+
+    async def endpoint(request: Request) -> Response:
+        return Exchange(fmt, route, traffic)
+
+    endpoint.__name__ = fmt.wire_format.replace(".", "_")
+    return endpoint
+
+
+def build_public(deps: PublicDeps) -> ASGIApp:
+    """Return the public application."""
+    app = FastAPI(title="Strongroom", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    install_error_handlers(app)
+    for route, fmt in MODEL_ROUTES:
+        app.add_api_route(route, model_endpoint(fmt, route, deps.traffic), methods=["POST"], response_model=None)
+
+    async def visible(request: Request) -> tuple[Principal, list[tuple[str, ServedModel]]]:
+        principal = await deps.access.identify(
+            read_credentials(request.scope), read_client(request.scope), request.scope["path"]
+        )
+        client = read_client(request.scope)
+        models = [m for m in deps.models.models if deps.access.may_list(principal, m.id, client)]
+        return principal, [(name, m) for m in models for name in (m.id, *m.settings.aliases)]
+
+    async def models(request: Request) -> Response:
+        _, named = await visible(request)
+        return json_response(list_models(named, anthropic=is_anthropic(request.scope)))
+
+    async def model(request: Request, name: str) -> Response:
+        _, named = await visible(request)
+        for known_name, known in named:
+            if known_name == name:
+                form = anthropic_model if is_anthropic(request.scope) else openai_model
+                return json_response(form(name, known))
+        raise ModelNotFoundError(
+            f"The model {name[:80]!r} does not exist or you may not use it; GET /v1/models lists what there is.",
+            param="model",
+        )
+
+    async def live(request: Request) -> Response:
+        return Response(b"ok\n", media_type="text/plain; charset=utf-8")
+
+    async def ready(request: Request) -> Response:
+        if deps.ready() and not deps.traffic.draining:
+            return Response(b"ok\n", media_type="text/plain; charset=utf-8")
+        return Response(b"not ready\n", 503, {"retry-after": "5"}, "text/plain; charset=utf-8")
+
+    async def head(request: Request) -> Response:
+        return Response(b"", 200)
+
+    app.add_api_route("/v1/models", models, methods=["GET"], response_model=None)
+    app.add_api_route("/v1/models/{name:path}", model, methods=["GET"], response_model=None)
+    app.add_api_route("/livez", live, methods=["GET"], response_model=None)
+    app.add_api_route("/readyz", ready, methods=["GET"], response_model=None)
+    app.add_api_route("/", head, methods=["HEAD"], response_model=None)
+    return Edge(app, cors_origins=deps.cors_origins)
