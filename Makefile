@@ -1,0 +1,63 @@
+# What there is to do here; `make serve` and `make test` are all a newcomer needs.
+PORT ?= 8000
+STATE ?= ./.strongroom
+ENGINE ?= auto
+PYTHON ?=
+BIN := .venv/bin
+CHECKED := server scripts tests
+
+# Sets $$python to the first Python that will do, or stops with what to do.
+FIND_PYTHON = for python in $(or $(PYTHON),python3.11 python3.12 python3.13 python3.14 python3) ""; do \
+	[ -z "$$python" ] && break; \
+	"$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null && break; done; \
+	if [ -z "$$python" ]; then \
+	echo "strongroom: $(if $(PYTHON),PYTHON=$(PYTHON) is not,found no) Python 3.11 to 3.14. Install one, or name it: make serve PYTHON=/path/to/python3.12" >&2; \
+	exit 1; fi
+
+.PHONY: help serve setup test test-slow test-gpu test-clients fmt lint type vectors fuzz bench image lock check clean setup-test
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
+
+serve: ## run Strongroom with the embedded model: make serve PORT=8000 STATE=./.strongroom
+	@$(FIND_PYTHON); exec "$$python" scripts/setup.py serve --engine "$(ENGINE)" --port "$(PORT)" --state "$(STATE)"
+
+setup: setup-test ## install everything for development, and the commit hooks
+	@if [ -e .git ]; then $(BIN)/pre-commit install; fi
+
+setup-test:
+	@$(FIND_PYTHON); exec "$$python" scripts/setup.py test --engine "$(ENGINE)"
+
+test: setup-test lint type ## everything that runs without a GPU, the real engine included
+	$(BIN)/python -m pytest
+
+test-slow: setup-test ## the whole campaigns that make test runs in a reduced form
+	$(BIN)/python -m pytest -m slow --timeout 7200
+
+test-gpu: setup-test ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+test-clients: setup-test ## agents and assistants driven for real against the real engine
+	$(BIN)/python -m pytest -m clients --timeout 1800
+
+fmt: ## format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix-only --quiet .
+
+lint: ## format check, lint and import contracts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+
+type: ## mypy, strict
+	$(BIN)/mypy
+
+lock: ## write locks/ anew from pyproject.toml (UPGRADE=1: with newer transitive versions)
+	$(BIN)/python scripts/lock.py $(if $(UPGRADE),--upgrade)
+
+check: ## exactly what CI runs
+	sh .ci/run
+
+clean: ## remove what was built here; STATE is left alone
+	rm -rf .venv .setup.lock build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache tests/node/node_modules
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
