@@ -136,6 +136,7 @@ class LimitSettings(_Section):
     concurrent_requests: int = Field(default=0, ge=0)
     max_running: int = Field(default=256, ge=1)
     max_wait_s: float = Field(default=10.0, ge=0)
+    file: Path | None = None
 
 
 class StoreSettings(_Section):

@@ -42,6 +42,7 @@ class ServedModel:
 
     settings: ModelSettings
     digest: str
+    signed: bool
     engine: Engine
     renderer: PromptRenderer
     control_ids: frozenset[int]

@@ -1,0 +1,196 @@
+"""The composition root of the gateway: builds every room from the settings and wires them, once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from server.api.access import Access
+from server.api.admin import AdminDeps, build_admin
+from server.api.exchange import Traffic
+from server.api.public import PublicDeps, build_public
+from server.audit.client import AuditClient
+from server.audit.entry import new_entry
+from server.audit.record import Audit
+from server.auth.api_key import KeyRing
+from server.auth.authenticator import Authenticator
+from server.auth.pepper import CacheSalt, load_pepper, load_secret
+from server.auth.throttle import FailureThrottle
+from server.engine.client import EngineClient, unix_address, url_address
+from server.engine.local import engine_paths
+from server.guard import Guard
+from server.obs.metrics import Metrics
+from server.pipeline import Pipeline
+from server.policy.budget import LimitedUse, UsageBook
+from server.policy.engine import ModelFacts, PolicyEngine
+from server.policy.fairness import Fairness
+from server.policy.limit_file import LimitBook, load_limits
+from server.policy.rate import MemoryLedger
+from server.registry.served import ModelRegistry, ServedModel
+from server.registry.source import open_model
+from server.store.database import Store
+from server.store.incidents import Quarantine
+from server.store.watch import StoreWatch
+from server.template.prompt import PromptBuilder
+from server.template.registry import TemplateRegistry
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from starlette.types import ASGIApp
+
+    from server.settings import ModelSettings, Settings
+
+log = logging.getLogger("strongroom.gateway")
+
+
+@dataclass(slots=True)
+class Gateway:
+    """The gateway's two applications and what runs beside them."""
+
+    settings: Settings
+    public: ASGIApp
+    admin: ASGIApp
+    traffic: Traffic
+    metrics: Metrics
+    models: ModelRegistry
+    engines: tuple[EngineClient, ...]
+    audit: AuditClient
+    store: Store
+    watch: StoreWatch
+    usage: UsageBook
+    guard: Guard
+    _tasks: list[asyncio.Task[None]] = field(default_factory=list)
+
+    async def start(self) -> None:
+        """Start what runs in the background: engine watches, the store's watch, the usage book, the scan workers."""
+        self.watch.start()
+        self.usage.start(self.store)
+        await self.guard.start()
+        for engine in self.engines:
+            self._tasks.append(asyncio.create_task(engine.watch(on_change=self._watcher(engine))))
+
+    async def stop(self) -> None:
+        """Stop it again; nothing is lost that was counted."""
+        for task in self._tasks:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        self.watch.stop()
+        self.usage.stop(self.store)
+        await self.guard.stop()
+        for engine in self.engines:
+            engine.close()
+        await self.audit.aclose()
+        self.store.close()
+
+    def _watcher(self, engine: EngineClient) -> Callable[[bool, str | None], None]:
+        gauge = self.metrics.engine_ready.labels(engine.model)
+
+        def on_change(ready: bool, refusal: str | None) -> None:  # noqa: FBT001 - the engine client's own signature
+            gauge.set(1 if ready else 0)
+            log.info("engine is %s", "ready" if ready else "down", extra={"model": engine.model, "refusal": refusal})
+
+        return on_change
+
+
+def build_gateway(settings: Settings) -> Gateway:
+    """Build the gateway; nothing listens yet.
+
+    Raises:
+        StartError: A policy, template, key or model is missing or wrong, by name.
+    """
+    metrics = Metrics()
+    store = Store.open(settings.store_url)
+    quarantine = Quarantine()
+    ring = KeyRing(load_pepper(settings.keys_dir / "pepper"))
+    watch = StoreWatch(store, quarantine=quarantine, on_keys=ring.load, used=ring.take_used)
+    watch.poll()
+    auth = Authenticator(ring, throttle=FailureThrottle(), quarantine=quarantine, store_age_s=watch.age_s)
+    salt = CacheSalt(load_secret(settings.keys_dir / "cache-salt", "cache salt"))
+    templates = TemplateRegistry.load(
+        settings.templates.directory,
+        settings.templates.directory / "templates.lock",
+        require_signature=settings.templates.require_signature,
+        public_key=settings.templates.signer.read_bytes() if settings.templates.signer else None,
+    )
+    models = ModelRegistry(
+        tuple(_serve_model(model, settings, store, templates, salt) for model in settings.models)
+    )
+    metrics.unsigned_models.set(sum(not model.signed for model in models.models))
+    facts = {
+        model.id: ModelFacts(model.settings.stage, model.settings.classification, model.settings.licence)
+        for model in models.models
+    }
+    policy = PolicyEngine.load(settings.policy.directory, models=facts.get, quarantine=quarantine)
+    appender = AuditClient(settings.audit_socket, answer_s=settings.audit.append_timeout_s)
+    audit = Audit(appender, text_key=load_secret(settings.keys_dir / "audit-text", "audit text key"))
+    guard = Guard(settings.guard)
+    limits_file = settings.limits.file
+    book = load_limits(limits_file) if limits_file is not None else LimitBook()
+    usage = UsageBook()
+    limits = LimitedUse(
+        book,
+        ledger=MemoryLedger(book),
+        usage=usage,
+        engines={model.id: Fairness(settings.limits.max_running) for model in models.models},
+    )
+    pipeline = Pipeline(audit=audit, auth=auth, models=models, policy=policy, guard=guard, limits=limits)
+    traffic = Traffic(pipeline, settings.public, metrics)
+
+    async def record(event: str, **fields: Any) -> int:
+        return await audit.append(new_entry(event, **fields))
+
+    access = Access(auth, policy, record)
+    engines = tuple(model.engine for model in models.models)
+    ready = lambda: all(engine.ready for engine in engines)  # noqa: E731 - one use, one line
+    public = build_public(PublicDeps(traffic, models, access, ready, settings.public.cors_origins))
+    admin = build_admin(
+        AdminDeps(
+            access=access,
+            models=models,
+            policy=policy,
+            guard=guard,
+            listener=settings.admin,
+            metrics=lambda: _metrics_text(metrics, engines),
+            ready=lambda: {"models": {model.id: model.engine.ready for model in models.models}},
+        )
+    )
+    return Gateway(
+        settings, public, admin, traffic, metrics, models, engines, appender, store, watch, usage, guard
+    )
+
+
+def _serve_model(
+    model: ModelSettings, settings: Settings, store: Store, templates: TemplateRegistry, salt: CacheSalt
+) -> ServedModel:
+    source = open_model(model, settings.seal, floor=store.get_floor(model.id))
+    builder = PromptBuilder(templates, source.files, embeds=model.engine.runner == "pooling")
+    max_model_len = model.engine.max_model_len or source.max_model_len
+    if model.engine.kind == "remote":
+        address = url_address(model.engine.url or "", ca_file=model.engine.ca)
+    else:
+        address = unix_address(engine_paths(settings.state, model.id).socket)
+    engine = EngineClient(model.id, max_model_len, address, embeds=model.engine.runner == "pooling")
+    return ServedModel(
+        settings=model,
+        digest=source.digest,
+        signed=source.signer is not None,
+        engine=engine,
+        renderer=builder,
+        control_ids=frozenset(builder.vocabulary.control_ids),
+        cache_salt=salt.cache_salt,
+    )
+
+
+async def _metrics_text(metrics: Metrics, engines: tuple[EngineClient, ...]) -> bytes:
+    """Return our metrics, then each engine's own; one that is down is left out, `strongroom_engine_ready` says so."""
+    pieces = [metrics.text()]
+    for engine in engines:
+        if engine.ready:
+            with contextlib.suppress(Exception):  # noqa: BLE001 - a scrape must not fail with an engine
+                pieces.append((await engine.metrics_text()).encode())
+    return b"".join(pieces)
