@@ -1,0 +1,446 @@
+"""Start children in order, watch them, restart what dies, and leave no process behind; it serves no network itself."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import signal
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from server.engine.config import EXIT_REFUSED
+from server.engine.isolation import become_subreaper
+from server.errors import StartError
+
+logger = logging.getLogger(__name__)
+
+LAUNCHER = Path(__file__).with_name("launch.py")
+POLL_S = 0.1
+
+
+class ChildEvent(StrEnum):
+    """What `on_event` is told; `detail` holds numbers and reasons, never texts."""
+
+    STARTING = "starting"
+    READY = "ready"
+    EXITED = "exited"
+    UNHEALTHY = "unhealthy"
+    RESTARTING = "restarting"
+    GAVE_UP = "gave_up"
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class RestartPolicy:
+    """When and how fast a child that died is started again.
+
+    Attributes:
+        initial_s: Wait before the first restart; it doubles with each further one.
+        max_s: The longest wait.
+        stable_s: A child that lived this long starts from `initial_s` again.
+        max_restarts: Give up after this many restarts without a stable stretch; None never gives up.
+    """
+
+    initial_s: float = 0.5
+    max_s: float = 60.0
+    stable_s: float = 300.0
+    max_restarts: int | None = None
+
+    def delay_s(self, num_failures: int, *, jitter: float) -> float:
+        """Wait before restart number `num_failures`; `jitter` in [0, 1) spreads it over its upper half."""
+        full_s = min(self.max_s, self.initial_s * 2.0 ** min(num_failures - 1, 32))
+        return full_s * (0.5 + jitter / 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Handover:
+    """What one start inherits beside the spec; the supervisor closes its own copies of `fds` after the start."""
+
+    env: Mapping[str, str]
+    fds: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ChildSpec:
+    """One child and how to treat it.
+
+    Attributes:
+        name: Stands in events and logs.
+        argv: The command.
+        env: Its whole environment.
+        pass_fds: Descriptors it inherits, by the same numbers.
+        ready: Asked until true; a child that exits or is late before is restarted. A `StartError` from it means that
+            the child can never be used.
+        healthy: Asked every `health_interval_s` once ready; None where the exit says enough.
+        max_health_failures: So many in a row and the whole tree is killed and started again.
+        ready_limit_s: How long it may take to become ready.
+        stop_signal: Sent first when it is to stop.
+        grace_s: From then until the whole tree is killed.
+        before_start: Called before each start, the first too: makes folders, writes records, and returns what only this
+            start inherits. What it raises counts as a failed start; a `StartError` is not tried again.
+        after_exit: Called when a process of this child has ended and its tree is gone, before a restart.
+        critical: Whether the supervisor stops everything once it gave the child up.
+    """
+
+    name: str
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    ready: Callable[[], Awaitable[bool]]
+    pass_fds: tuple[int, ...] = ()
+    restart_policy: RestartPolicy = RestartPolicy()
+    stop_signal: signal.Signals = signal.SIGTERM
+    grace_s: float = 20.0
+    ready_limit_s: float = 600.0
+    healthy: Callable[[], Awaitable[bool]] | None = None
+    health_interval_s: float = 2.0
+    health_limit_s: float = 10.0
+    max_health_failures: int = 5
+    log_path: Path | None = None
+    cwd: Path | None = None
+    before_start: Callable[[], Awaitable[Handover | None]] | None = None
+    after_exit: Callable[[], Awaitable[None]] | None = None
+    critical: bool = True
+
+
+EventHandler = Callable[[ChildEvent, str, dict[str, Any]], None]
+
+
+@dataclass(slots=True)
+class _Exit:
+    """How one process of a child ended."""
+
+    code: int
+    was_ready: bool
+    lived_s: float
+
+
+@dataclass(slots=True)
+class Child:
+    """One child under supervision; `Supervisor` owns it."""
+
+    spec: ChildSpec
+    on_event: EventHandler
+    process: subprocess.Popen[bytes] | None = None
+    is_ready: asyncio.Event = field(default_factory=asyncio.Event)
+    num_restarts: int = 0
+    last_error: str = ""
+    _stopping: bool = False
+    _refused: bool = False
+    _task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to supervise."""
+        self._task = asyncio.create_task(self._supervise(), name=f"supervise-{self.spec.name}")
+
+    @property
+    def given_up(self) -> bool:
+        """Whether it will not be started again."""
+        return self._task is not None and self._task.done() and not self._stopping
+
+    async def stop(self) -> None:
+        """Stop the child and every process it started; returns when none is left."""
+        self._stopping = True
+        if self.process is not None:
+            self._emit(ChildEvent.STOPPING)
+            with suppress(ProcessLookupError):
+                self.process.send_signal(self.spec.stop_signal)
+            try:
+                async with asyncio.timeout(self.spec.grace_s):
+                    await _wait_exit(self.process)
+            except TimeoutError:
+                logger.warning("child %s did not stop within %s s and is killed", self.spec.name, self.spec.grace_s)
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+        if self.process is not None:
+            await kill_tree(self.process)
+            self.process = None
+        self.is_ready.clear()
+        self._emit(ChildEvent.STOPPED)
+
+    # --- inside ---
+
+    async def _supervise(self) -> None:
+        policy = self.spec.restart_policy
+        num_failures = 0
+        while True:
+            ended = await self._run_once()
+            if self._stopping:
+                return
+            if ended.was_ready and ended.lived_s >= policy.stable_s:
+                num_failures = 0
+            num_failures += 1
+            gave_up = policy.max_restarts is not None and num_failures > policy.max_restarts
+            if ended.code == EXIT_REFUSED or self._refused or gave_up:
+                self._emit(ChildEvent.GAVE_UP, code=ended.code, restarts=self.num_restarts)
+                return
+            delay_s = policy.delay_s(num_failures, jitter=secrets.randbelow(1000) / 1000)
+            self._emit(ChildEvent.RESTARTING, delay_s=round(delay_s, 3), failures=num_failures)
+            self.num_restarts += 1
+            await asyncio.sleep(delay_s)
+
+    async def _run_once(self) -> _Exit:
+        spec = self.spec
+        loop = asyncio.get_running_loop()
+        start_s = loop.time()
+        self._emit(ChildEvent.STARTING)
+        try:
+            handover = await spec.before_start() if spec.before_start is not None else None
+            self.process = process = _spawn(spec, handover or Handover({}))
+        # The worker supervisor's boundary (STYLE.md, section 5): whatever goes wrong before a child runs is a failed
+        # start of this child, and must not take the supervisor and the other children with it.
+        except Exception as err:  # noqa: BLE001
+            self.last_error = str(err)
+            logger.error("child %s could not be started: %s", spec.name, err)  # noqa: TRY400 - no stack: it is expected
+            refused = isinstance(err, StartError)
+            self._emit(ChildEvent.EXITED, code=EXIT_REFUSED if refused else -1, ready=False, error=_code_of(err))
+            return _Exit(EXIT_REFUSED if refused else -1, was_ready=False, lived_s=0.0)
+        watch = asyncio.create_task(self._watch(start_s))
+        try:
+            code = await _wait_exit(process)
+        finally:
+            watch.cancel()
+            with suppress(asyncio.CancelledError):
+                await watch
+        was_ready = self.is_ready.is_set()
+        self.is_ready.clear()
+        await kill_tree(process)  # what it started must not outlive it
+        self.process = None
+        lived_s = loop.time() - start_s
+        if not self._stopping:
+            self._emit(ChildEvent.EXITED, code=code, ready=was_ready, lived_s=round(lived_s, 3))
+        if spec.after_exit is not None:
+            await spec.after_exit()
+        return _Exit(code, was_ready, lived_s)
+
+    async def _watch(self, start_s: float) -> None:
+        """Wait until ready, then ask for health; kill the process where either fails."""
+        spec, process = self.spec, self.process
+        loop = asyncio.get_running_loop()
+        while not await self._ask_ready():
+            if self._refused:
+                self._emit(ChildEvent.UNHEALTHY, reason="refused", error=self.last_error)
+                _kill(process)
+                return
+            if loop.time() - start_s > spec.ready_limit_s:
+                self._emit(ChildEvent.UNHEALTHY, reason="not ready in time", after_s=round(loop.time() - start_s, 1))
+                _kill(process)
+                return
+            await asyncio.sleep(POLL_S)
+        self.is_ready.set()
+        self._emit(ChildEvent.READY, after_s=round(loop.time() - start_s, 3))
+        num_failures = 0
+        while spec.healthy is not None:
+            await asyncio.sleep(spec.health_interval_s)
+            healthy = await _ask(spec.healthy, spec.health_limit_s)
+            num_failures = 0 if healthy else num_failures + 1
+            if num_failures >= spec.max_health_failures:
+                self._emit(ChildEvent.UNHEALTHY, reason="health check failed", failures=num_failures)
+                _kill(process)
+                return
+
+    async def _ask_ready(self) -> bool:
+        try:
+            return await _ask(self.spec.ready, self.spec.ready_limit_s)
+        except StartError as err:
+            self._refused = True
+            self.last_error = str(err)
+            return False
+
+    def _emit(self, event: ChildEvent, **detail: Any) -> None:
+        if self.process is not None:
+            detail.setdefault("pid", self.process.pid)
+        self.on_event(event, self.spec.name, detail)
+
+
+class Supervisor:
+    """All children of this process, started in order and stopped in the opposite one.
+
+    Use it from the main thread: the children are tied to the thread that starts them, and die with it.
+
+    Args:
+        specs: In the order of starting; each waits until the one before is ready.
+        on_event: Told all that happens; must not block.
+    """
+
+    def __init__(self, specs: tuple[ChildSpec, ...], on_event: EventHandler | None = None) -> None:
+        handler = on_event or (lambda _event, _child, _detail: None)
+        self.children = {spec.name: Child(spec, handler) for spec in specs}
+        self._stop = asyncio.Event()
+
+    async def start(self, on_progress: Callable[[str, float], None] | None = None) -> None:
+        """Start all; return when all are ready.
+
+        Args:
+            on_progress: Called about ten times a second with the child that is waited for and the seconds so far.
+
+        Raises:
+            StartError: A child was given up before it was ready. Those that run are stopped.
+        """
+        become_subreaper()
+        loop = asyncio.get_running_loop()
+        for name, child in self.children.items():
+            child.start()
+            start_s = loop.time()
+            while not child.is_ready.is_set():
+                if child.given_up:
+                    await self.stop()
+                    detail = f": {child.last_error}" if child.last_error else "; its log says why"
+                    raise StartError(f"'{name}' could not be started{detail}.")
+                if self._stop.is_set():
+                    await self.stop()
+                    raise StartError("The start was interrupted.")
+                if on_progress is not None:
+                    on_progress(name, loop.time() - start_s)
+                await asyncio.sleep(POLL_S)
+
+    def request_stop(self) -> None:
+        """Make `run` return; what a signal handler calls."""
+        self._stop.set()
+
+    async def run(self) -> bool:
+        """Supervise until `request_stop`, or until a critical child is given up; then stop all.
+
+        Returns:
+            Whether it ended because it was asked to.
+        """
+        while not self._stop.is_set():
+            if any(child.spec.critical and child.given_up for child in self.children.values()):
+                break
+            with suppress(TimeoutError):
+                async with asyncio.timeout(POLL_S * 5):
+                    await self._stop.wait()
+        asked = self._stop.is_set()
+        await self.stop()
+        return asked
+
+    def handle_signals(self) -> None:
+        """Stop on SIGTERM and SIGINT."""
+        loop = asyncio.get_running_loop()
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(signum, self.request_stop)
+
+    async def stop(self) -> None:
+        """Stop all children, last started first; no process is left when this returns."""
+        self._stop.set()
+        for child in reversed(self.children.values()):
+            await child.stop()
+
+    async def restart(self, name: str) -> None:
+        """Stop one child and start it again, for a swap of its model."""
+        child = self.children[name]
+        await child.stop()
+        self.children[name] = fresh = Child(child.spec, child.on_event)
+        fresh.start()
+
+
+def _spawn(spec: ChildSpec, handover: Handover) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-I", "-S", str(LAUNCHER), str(os.getpid()), *spec.argv]
+    log = None
+    if spec.log_path is not None:
+        log = os.open(spec.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        return subprocess.Popen(  # noqa: S603 - the command is made by us, without a shell
+            command,
+            env={**spec.env, **handover.env},
+            pass_fds=(*spec.pass_fds, *handover.fds),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            cwd=spec.cwd,
+        )
+    finally:
+        for fd in (*handover.fds, *([log] if log is not None else [])):
+            os.close(fd)
+
+
+async def _wait_exit(process: subprocess.Popen[bytes]) -> int:
+    """Return the exit code; a descriptor of the process wakes the loop, so that no thread and no polling is needed."""
+    if (code := process.poll()) is not None:
+        return code
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[None] = loop.create_future()
+    pidfd = os.pidfd_open(process.pid)
+    loop.add_reader(pidfd, _resolve, ended)
+    try:
+        await ended
+    finally:
+        loop.remove_reader(pidfd)
+        os.close(pidfd)
+    return process.wait()
+
+
+def _resolve(ended: asyncio.Future[None]) -> None:
+    if not ended.done():
+        ended.set_result(None)
+
+
+async def _ask(question: Callable[[], Awaitable[bool]], limit_s: float) -> bool:
+    """Return the answer, False where there is none in time; a `StartError` passes."""
+    try:
+        async with asyncio.timeout(limit_s):
+            return await question()
+    except StartError:
+        raise
+    # A check that can't be made has failed, whatever the reason; the supervisor must live on (STYLE.md, section 5).
+    except Exception:  # noqa: BLE001
+        return False
+
+
+def _kill(process: subprocess.Popen[bytes] | None) -> None:
+    if process is not None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _code_of(err: Exception) -> str:
+    return str(getattr(err, "code", type(err).__name__))
+
+
+async def kill_tree(process: subprocess.Popen[bytes]) -> None:
+    """Kill every process of the session that `process` led, and reap what falls to us; returns when none is left."""
+    while members := session_members(process.pid):
+        for pid in members:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        await asyncio.sleep(0.01)
+        _reap(members, process)
+    process.poll()
+
+
+def _reap(pids: list[int], leader: subprocess.Popen[bytes]) -> None:
+    for pid in pids:
+        if pid == leader.pid:
+            leader.poll()
+            continue
+        with suppress(ChildProcessError):  # not ours: its own parent still lives, or has reaped it
+            os.waitpid(pid, os.WNOHANG)
+
+
+def session_members(session_id: int) -> list[int]:
+    """Pids of the session's processes, zombies that we must reap included, other parents' zombies not."""
+    members = []
+    own_pid = os.getpid()
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            stat = (entry / "stat").read_text(encoding="ascii", errors="replace")
+        except OSError:
+            continue  # it ended while we looked
+        # pid (comm) state ppid pgrp session …; comm may hold spaces and brackets
+        state, ppid, _, session = stat[stat.rindex(")") + 2 :].split()[:4]
+        if int(session) == session_id and (state not in "ZX" or int(ppid) == own_pid):
+            members.append(int(entry.name))
+    return members
