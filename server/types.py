@@ -192,13 +192,15 @@ class TemplateRef:
 class Prompt:
     """What goes to the engine: token ids made by us, with the text they spell.
 
-    `num_template_tokens` is how many leading tokens the security template and its turn take.
+    `inputs` holds one list of ids an input where the request has several (embeddings); `token_ids` is empty then.
+    `stand_in` names what stands in for the template where the wire format has no turns.
     """
 
     text: str
     token_ids: list[int]
     template: TemplateRef
     stand_in: str | None = None
+    inputs: tuple[list[int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

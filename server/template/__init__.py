@@ -1,0 +1,1 @@
+"""The room that puts the security template first and turns a request into exact token ids."""

@@ -1,0 +1,191 @@
+"""Templates are parsed strictly, held to their lock and signature, composed in a fixed order."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from server.errors import ConfigError, RequestError
+from server.template import registry as room
+from server.template.rollout import Rollout, Stage
+
+FRONT = """---
+id: {id}
+version: {version}
+title: T
+owner: o
+scope: {scope}
+standards: [CWE Top 25]
+formats: [chat]
+{more}---
+Rules of {id} {version}.
+"""
+
+
+def write(
+    folder: Path, name: str = "base", version: str = "1.0.0", scope: str = "organisation", more: str = ""
+) -> Path:
+    path = folder / name / f"{version}.md"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(FRONT.format(id=name, version=version, scope=scope, more=more))
+    return path
+
+
+def lock(folder: Path) -> Path:
+    path = folder / "templates.lock"
+    path.write_bytes(room.encode_lock(room.digests(room.load_directory(folder))))
+    return path
+
+
+def test_what_ships_loads():
+    folder = Path(__file__).parents[3] / "configs" / "templates"
+    loaded = room.TemplateRegistry.load(folder, folder / "templates.lock")
+    assert "secure-coding" in loaded.templates
+
+
+def test_composition_order_is_by_scope_and_digest_is_of_the_text(tmp_path: Path):
+    write(tmp_path, "python", scope="language")
+    write(tmp_path, "base")
+    composed = room.TemplateRegistry.load(tmp_path, lock(tmp_path)).compose(["python", "base"])
+    assert composed.text == "Rules of base 1.0.0.\n\nRules of python 1.0.0."
+    assert composed.ref.id == "base+python"
+    assert composed.ref.digest == hashlib.sha256(composed.text.encode()).hexdigest()
+
+
+def test_newest_version_is_by_number(tmp_path: Path):
+    write(tmp_path, version="1.9.0")
+    write(tmp_path, version="1.10.0")
+    assert room.TemplateRegistry.load(tmp_path, lock(tmp_path)).compose(["base"]).ref.version == "1.10.0"
+
+
+@pytest.mark.parametrize(
+    ("break_it", "reason"),
+    [
+        (lambda f: write(f, "other"), "other 1.0.0 is not in the lock"),
+        (lambda f: write(f, more="tasks: [x]\n"), "base 1.0.0 is not what was locked"),
+        (lambda f: (f / "base" / "1.0.0.md").rename(f / "base" / "2.0.0.md"), "says it is base 1.0.0"),
+        (lambda f: (write(f, "second"), (f / "base" / "1.0.0.md").unlink()), "missing|not in the lock"),
+        (lambda f: write(f, more="surprise: 1\n"), "unknown field 'surprise'"),
+        (lambda f: write(f, more="id: base\n"), "a key stands twice"),
+        (lambda f: (f / "base" / "1.0.0.md").write_bytes(b"\xff"), "not UTF-8"),
+        (lambda f: (f / "base" / "1.0.0.md").write_text("no front matter"), "no front matter"),
+        (lambda f: (f / "base" / "1.0.0.md").write_text("x" * (room.MAX_TEMPLATE_BYTES + 1)), "the limit"),
+        (lambda f: (f / "templates.lock").write_text("{}"), "can't be parsed"),
+        (lambda f: (f / "templates.lock").write_bytes((f / "templates.lock").read_bytes() + b" "), "canonical"),
+        (lambda f: (f / "templates.lock").unlink(), "can't be read"),
+    ],
+)
+def test_broken_set_is_refused_by_name_and_the_old_stays(tmp_path: Path, break_it, reason: str):
+    write(tmp_path)
+    loaded = room.TemplateRegistry.load(tmp_path, lock(tmp_path))
+    before = loaded.compose(["base"])
+    break_it(tmp_path)
+    with pytest.raises(ConfigError, match=reason):
+        loaded.reload()
+    assert loaded.compose(["base"]) == before
+
+
+def test_signature_is_demanded_and_checked(tmp_path: Path):
+    write(tmp_path)
+    path = lock(tmp_path)
+    key = Ed25519PrivateKey.generate()
+    public = key.public_key().public_bytes_raw()
+
+    def load(public_key: bytes | None = public) -> room.TemplateRegistry:
+        return room.TemplateRegistry.load(tmp_path, path, require_signature=True, public_key=public_key)
+
+    with pytest.raises(ConfigError, match="unsigned"):
+        load()
+    signature = tmp_path / "templates.lock.sig"
+    signature.write_bytes(base64.b64encode(Ed25519PrivateKey.generate().sign(path.read_bytes())))
+    with pytest.raises(ConfigError, match="not a valid signature"):
+        load()
+    signature.write_bytes(b"???")
+    with pytest.raises(ConfigError, match="not a signature"):
+        load()
+    signature.write_bytes(base64.b64encode(key.sign(path.read_bytes())))
+    with pytest.raises(ConfigError, match="no public key"):
+        load(None)
+    assert load().templates
+
+
+VARIABLES = """variables:
+  language: {type: string, enum: [go, rust], default: go}
+  lines: {type: integer, default: 10}
+  owner: {type: string, pattern: "[a-z]+", max_length: 5, default: me}
+"""
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"language": "perl"}, {"lines": "10"}, {"lines": True}, {"owner": "toolong"}, {"owner": "A"}, {"what": "x"}],
+)
+def test_variable_outside_its_schema_is_refused(tmp_path: Path, given: dict[str, object]):
+    write(tmp_path, more=VARIABLES)
+    with pytest.raises(RequestError):
+        room.TemplateRegistry.load(tmp_path, lock(tmp_path)).compose(["base"], given)
+
+
+def test_failing_case_is_refused(tmp_path: Path):
+    write(tmp_path, more="cases:\n  - {name: c, contains: [nowhere]}\n")
+    with pytest.raises(ConfigError, match=r"base 1\.0\.0, case 'c': the text lacks 'nowhere'"):
+        room.TemplateRegistry.load(tmp_path, lock(tmp_path))
+
+
+def test_template_text_runs_in_a_sandbox(tmp_path: Path):
+    path = write(tmp_path)
+    path.write_text(path.read_text() + "{{ ''.__class__.__mro__ }}")
+    with pytest.raises(ConfigError, match="can't be rendered"):
+        room.TemplateRegistry.load(tmp_path, lock(tmp_path)).compose(["base"])
+
+
+def test_rollout_gives_each_subject_always_the_same_version(tmp_path: Path):
+    write(tmp_path)
+    write(tmp_path, version="1.1.0")
+    path = lock(tmp_path)
+    subjects = [f"subject-{n}" for n in range(2000)]
+
+    def chosen(percent: float) -> dict[str, str]:
+        rollout = Rollout({"base": Stage("1.0.0", "1.1.0", percent)})
+        loaded = room.TemplateRegistry.load(tmp_path, path, rollout=rollout)
+        return {s: loaded.compose(["base"], subject=s).ref.version for s in subjects}
+
+    ten, again, fifty = chosen(10), chosen(10), chosen(50)
+    assert ten == again
+    share = sum(v == "1.1.0" for v in ten.values()) / len(subjects)
+    assert 0.07 < share < 0.13
+    assert all(fifty[s] == "1.1.0" for s, v in ten.items() if v == "1.1.0")
+    assert set(chosen(0).values()) == {"1.0.0"}
+    assert set(chosen(100).values()) == {"1.1.0"}
+
+
+def test_shadow_is_composed_but_given_to_nobody(tmp_path: Path):
+    write(tmp_path)
+    write(tmp_path, version="1.1.0")
+    rollout = Rollout({"base": Stage("1.0.0", "1.1.0", 100, shadow=True)})
+    loaded = room.TemplateRegistry.load(tmp_path, lock(tmp_path), rollout=rollout)
+    assert loaded.compose(["base"], subject="ann").ref.version == "1.0.0"
+    shadow = loaded.shadow(["base"], subject="ann")
+    assert shadow is not None
+    assert shadow.ref.version == "1.1.0"
+
+
+def test_rollout_of_an_unloaded_version_is_refused(tmp_path: Path):
+    write(tmp_path)
+    with pytest.raises(ConfigError, match=r"base 9\.0\.0, which is not loaded"):
+        room.TemplateRegistry.load(tmp_path, lock(tmp_path), rollout=Rollout({"base": Stage("9.0.0")}))
+
+
+def test_rollout_file_round_trips(tmp_path: Path):
+    rollout = Rollout({"base": Stage("1.0.0", "1.1.0", 12.5)})
+    path = tmp_path / "rollout.json"
+    path.write_bytes(rollout.encode())
+    assert Rollout.load(path).stages == rollout.stages
+    path.write_text('{"base": {"stable": "1.0.0", "percent": 101}}')
+    with pytest.raises(ConfigError, match="percentage"):
+        Rollout.load(path)
+    assert Rollout.load(tmp_path / "none.json").stages == {}
