@@ -63,7 +63,7 @@ _EXTRA_ARGS: dict[str, str | None] = {
 _KNOWN_ARGS = frozenset(_EXTRA_ARGS) | {
     "--disable-fastapi-docs", "--disable-uvicorn-access-log", "--dtype", "--enable-auto-tool-choice",
     "--enable-prefix-caching", "--enable-prompt-tokens-details", "--enforce-eager", "--generation-config",
-    "--load-format", "--lora-modules", "--max-model-len", "--model", "--no-enable-prefix-caching", "--quantization",
+    "--load-format", "--lora-modules", "--max-model-len", "--model", "--model-loader-extra-config", "--no-enable-prefix-caching", "--quantization",
     "--runner", "--served-model-name", "--speculative-config", "--tool-call-parser", "--uds",
 }  # fmt: skip
 
@@ -146,6 +146,7 @@ class EngineConfig:
         ngram_tokens: Tokens guessed ahead by n-gram look-up; 0 is off. It pays where answers copy their prompt.
         tool_parser: vLLM's parser for the tool calls of this model, or None for no tools.
         adapters: LoRA adapters by name, each a folder.
+        manifest_sha256: Digest of the manifest that was verified; the loader opens no other.
         extra_args: Further options of vLLM, from an allow-list.
     """
 
@@ -163,6 +164,7 @@ class EngineConfig:
     enforce_eager: bool = False
     tool_parser: str | None = None
     adapters: Mapping[str, Path] = field(default_factory=dict)
+    manifest_sha256: str | None = None
     extra_args: Mapping[str, str | None] = field(default_factory=dict)
     network_isolation: NetworkIsolation = "auto"
 
@@ -200,6 +202,9 @@ def build_engine_argv(config: EngineConfig, socket_path: Path, *, python: str = 
     check_socket_path(socket_path)
     args = ["--model", str(config.path), "--served-model-name", config.model_id, "--uds", str(socket_path)]
     args += ["--load-format", config.load_format, "--dtype", config.dtype]
+    if config.manifest_sha256 is not None:
+        pinned = orjson.dumps({"manifest_sha256": config.manifest_sha256}).decode()
+        args += ["--model-loader-extra-config", pinned]
     args += ["--max-model-len", str(config.max_model_len)]
     args += ["--disable-fastapi-docs", "--disable-uvicorn-access-log", "--enable-prompt-tokens-details"]
     # Sampling defaults are the gateway's to set; a file in the model folder must not change what was asked for.
