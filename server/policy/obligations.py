@@ -14,9 +14,8 @@ if TYPE_CHECKING:
 
 # From lenient to strict; the guard's modes are ordered by what may leave.
 _SCAN_MODES = (ScanMode.OFF, ScanMode.ANNOTATE, ScanMode.REDACT, ScanMode.REPAIR, ScanMode.BLOCK)
-# What may stand in for a template where the wire format has no turns, from weak to strong: the scans alone, or the
-# template's text as a comment before the prompt.
-STAND_INS = ("scan", "preamble")
+# What may stand in for a template where the wire format has no turns, from weak to strong; see docs/templates.md.
+STAND_INS = ("none", "raw", "fim", "comment-preamble", "template-as-text")
 MAX_TOKENS_CEILING = 1_000_000
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}", re.ASCII)
 _YES_NO = {"yes": True, "no": False}

@@ -70,7 +70,6 @@ class StoreWatch:
         self._fresh_at_s = self._clock()
         return True
 
-    @property
     def age_s(self) -> float:
         """Seconds since the store last answered: how old what is in memory may be."""
         return self._clock() - self._fresh_at_s
