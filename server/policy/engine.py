@@ -1,0 +1,212 @@
+"""Answers the pipeline's questions from the policy set in force, and remembers the answers."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Self
+
+from server.policy.cedar import PolicySet, Question
+from server.policy.permissions import GENERATING, ON_A_MODEL, covers
+from server.store.incidents import Quarantine, Quarantined
+from server.types import Chat, Completion, Decision, Embedding
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from datetime import tzinfo
+    from pathlib import Path
+
+    from server.types import Client, ModelRequest, Payload, Principal
+
+MAX_REMEMBERED = 65536
+MAX_CLIENT_CHARS = 40
+# Text is put into tokens at about four characters each; three estimates on the high side.
+_CHARS_PER_TOKEN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What policy may know of a model; `classification` is the highest class of data that it is cleared for."""
+
+    stage: str = "live"
+    classification: str = "confidential"
+    licence: str = ""
+
+
+class PolicyEngine:
+    """Implements `ports.Policy`.
+
+    Args:
+        policies: The set in force at the start.
+        folder: Where `reload` reads the next one.
+        models: Facts of a model by its name, None for one that is not served.
+        quarantine: What the incident switch took out of service.
+        zone: The time zone of `hour` and `weekday` in policies.
+        clock: Seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        policies: PolicySet,
+        *,
+        folder: Path,
+        models: Callable[[str], ModelFacts | None],
+        quarantine: Quarantine,
+        zone: tzinfo = UTC,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._policies = policies
+        self._folder = folder
+        self._models = models
+        self._quarantine = quarantine
+        self._zone = zone
+        self._clock = clock
+        self._answers: OrderedDict[Question, Decision] = OrderedDict()
+        self._quarter = -1
+        self._hour_weekday = (0, 1)
+        self._reload_lock = threading.Lock()
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        *,
+        models: Callable[[str], ModelFacts | None],
+        quarantine: Quarantine | None = None,
+        zone: tzinfo = UTC,
+        clock: Callable[[], float] = time.time,
+    ) -> Self:
+        """Load the policies of a folder.
+
+        Raises:
+            ConfigError: They are missing or wrong; see `PolicySet.load`.
+        """
+        return cls(
+            PolicySet.load(folder),
+            folder=folder,
+            models=models,
+            quarantine=quarantine or Quarantine(),
+            zone=zone,
+            clock=clock,
+        )
+
+    @property
+    def policies(self) -> PolicySet:
+        """The set in force."""
+        return self._policies
+
+    def reload(self) -> tuple[str, str]:
+        """Read the folder again and put the new set in force; return the digests before and after.
+
+        Raises:
+            ConfigError: The new set is wrong; the old one stays in force.
+        """
+        with self._reload_lock:
+            fresh = PolicySet.load(self._folder)
+            before = self._policies.digest
+            # A new dict, so that an answer of the old set that is being written now goes to the old one.
+            self._policies, self._answers = fresh, OrderedDict()
+            return before, fresh.digest
+
+    def decide(self, principal: Principal, action: str, request: ModelRequest | None, client: Client) -> Decision:
+        """Return the decision with its reason; never raises for a refusal.
+
+        Args:
+            principal: Who asks.
+            action: A `Permission`.
+            request: What is asked of a model; None for what is asked of the service.
+            client: Where the request came from.
+        """
+        policies, answers = self._policies, self._answers
+        if not covers(principal.scopes, action):
+            return Decision(False, f"the credential's scopes do not reach {action}", (), policies.digest)
+        if request is not None and self._quarantine.has(Quarantined.MODEL, request.model):
+            return Decision(False, "this model is quarantined", (), policies.digest)
+        question = self.form_question(principal, action, request, client)
+        if question is None:
+            return Decision(False, "there is no such model", (), policies.digest)
+        decision = answers.get(question)
+        if decision is None:
+            decision = policies.ask(question)
+            answers[question] = decision
+            if len(answers) > MAX_REMEMBERED:
+                answers.popitem(last=False)
+        else:
+            answers.move_to_end(question)
+        if not self._quarantine.is_empty and decision.allowed and action in GENERATING:
+            for template in decision.obligations.templates:
+                if self._quarantine.has(Quarantined.TEMPLATE, template):
+                    return Decision(False, "a template that policy demands is quarantined", (), policies.digest)
+        return decision
+
+    def form_question(
+        self, principal: Principal, action: str, request: ModelRequest | None, client: Client
+    ) -> Question | None:
+        """Return what will be asked of the policies; None where the model is not served."""
+        hour, weekday = self._now()
+        name = client.user_agent.partition("/")[0][:MAX_CLIENT_CHARS].lower()
+        if request is None or action not in ON_A_MODEL:
+            return Question(
+                principal.subject,
+                principal.tenant,
+                principal.groups,
+                principal.scopes,
+                principal.method,
+                action,
+                address=client.address,
+                client=name,
+                hour=hour,
+                weekday=weekday,
+            )
+        facts = self._models(request.model)
+        if facts is None:
+            return None
+        return Question(
+            principal.subject,
+            principal.tenant,
+            principal.groups,
+            principal.scopes,
+            principal.method,
+            action,
+            request.model,
+            facts.stage,
+            facts.classification,
+            facts.licence,
+            request.wire_format,
+            1 << (estimate_tokens(request.payload) - 1).bit_length(),
+            request.stream,
+            request.classification or "internal",
+            client.address,
+            name,
+            hour,
+            weekday,
+        )
+
+    def _now(self) -> tuple[int, int]:
+        now_s = self._clock()
+        quarter = int(now_s // 900)  # zones are offset by whole quarters of an hour
+        if quarter != self._quarter:
+            moment = datetime.fromtimestamp(now_s, tz=self._zone)
+            self._hour_weekday = (moment.hour, moment.isoweekday())
+            self._quarter = quarter
+        return self._hour_weekday
+
+
+def estimate_tokens(payload: Payload) -> int:
+    """Return about how many tokens the client's text comes to, at least 1; made to be cheap, not to be exact."""
+    chars = 0
+    if isinstance(payload, Chat):
+        for message in payload.messages:
+            content = message.get("content")
+            if isinstance(content, str):
+                chars += len(content)
+            elif content:
+                chars += sum(len(part.get("text") or "") for part in content)
+    elif isinstance(payload, Completion):
+        chars = len(payload.prompt) + len(payload.suffix or "")
+    elif isinstance(payload, Embedding):
+        chars = sum(map(len, payload.inputs))
+    return 1 + chars // _CHARS_PER_TOKEN

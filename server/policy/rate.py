@@ -1,0 +1,237 @@
+"""Counts in memory what accounts use, in sliding and fixed windows; takes all that a request needs, or nothing."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from server.policy.limit_file import LimitBook, Rule
+
+MINUTE_S = 60.0
+DAY_S = 86400
+
+
+@dataclass(frozen=True, slots=True)
+class Shortage:
+    """Why a request can't run now. `wait_s` is infinite where no waiting helps."""
+
+    dimension: str
+    kind: str
+    wait_s: float
+
+
+class Window:
+    """A sliding window of a minute: the count of this minute, and of the last in proportion to what is left of it."""
+
+    __slots__ = ("current", "index", "previous")
+
+    def __init__(self) -> None:
+        self.index = -1
+        self.current = 0
+        self.previous = 0
+
+    def used(self, now_s: float) -> float:
+        """Return what counts now."""
+        index = int(now_s // MINUTE_S)
+        if index != self.index:
+            self.previous = self.current if index == self.index + 1 else 0
+            self.current = 0
+            self.index = index
+        if not self.previous:
+            return self.current
+        return self.previous * (1.0 - (now_s - index * MINUTE_S) / MINUTE_S) + self.current
+
+    def adjust(self, change: int, index: int) -> None:
+        """Correct the count of the minute `index`, if it still counts."""
+        if index == self.index:
+            self.current = max(0, self.current + change)
+        elif index == self.index - 1:
+            self.previous = max(0, self.previous + change)
+
+    def wait_s(self, num: int, limit: int, now_s: float) -> float:
+        """Return the seconds until `num` more fit under `limit`, if nothing else comes; infinite if they never do."""
+        if num > limit:
+            return math.inf
+        if self.used(now_s) + num <= limit:
+            return 0.0
+        part = (now_s - self.index * MINUTE_S) / MINUTE_S
+        if self.current + num <= limit:
+            return max(0.001, (1.0 - (limit - num - self.current) / self.previous - part) * MINUTE_S)
+        return max(0.001, (2.0 - (limit - num) / self.current - part) * MINUTE_S)
+
+
+class Account:
+    """What one key, subject, team, tenant or model uses."""
+
+    __slots__ = (
+        "cost_day",
+        "cost_month",
+        "day",
+        "dimension",
+        "month",
+        "requests",
+        "rule",
+        "running",
+        "tokens",
+        "tokens_day",
+    )
+
+    def __init__(self, dimension: str, rule: Rule) -> None:
+        self.dimension = dimension
+        self.rule = rule
+        self.requests = Window()
+        self.tokens = Window()
+        self.running = 0
+        self.day = -1
+        self.tokens_day = 0
+        self.cost_day = 0
+        self.month = -1
+        self.cost_month = 0
+
+
+@dataclass(slots=True)
+class Grant:
+    """What a request holds: settled once."""
+
+    accounts: tuple[Account, ...]
+    num_tokens: int
+    cost_micros: int
+    minute: int
+    day: int
+    month: int
+    headers: dict[str, str]
+
+
+class MemoryLedger:
+    """The accounts of one process.
+
+    There is an account for every principal that was seen and has a rule: principals are authenticated, so their number
+    is the operator's doing.
+
+    Args:
+        book: The rules.
+        clock: Seconds since the epoch.
+    """
+
+    def __init__(self, book: LimitBook, *, clock: Callable[[], float] = time.time) -> None:
+        self._book = book
+        self._clock = clock
+        self._accounts: dict[tuple[str, str], Account] = {}
+        self._day = -1
+        self._month = -1
+        self._month_ends_s = 0.0
+
+    def account(self, dimension: str, name: str) -> Account | None:
+        """Return the account of this name; None where no rule limits it."""
+        found = self._accounts.get((dimension, name))
+        if found is None:
+            rule = self._book.rule(dimension, name)
+            if rule is None:
+                return None
+            found = self._accounts[(dimension, name)] = Account(dimension, rule)
+        return found
+
+    def load(self, totals: Iterable[tuple[str, str, int, int, int]]) -> None:
+        """Take over what was used before the start.
+
+        Args:
+            totals: Dimension, name, tokens of today, cost of today, cost of this month.
+        """
+        day, month = self._calendar(self._clock())
+        for dimension, name, tokens_day, cost_day, cost_month in totals:
+            account = self.account(dimension, name)
+            if account is not None:
+                account.day, account.tokens_day, account.cost_day = day, tokens_day, cost_day
+                account.month, account.cost_month = month, cost_month
+
+    async def take(self, accounts: tuple[Account, ...], num_tokens: int, cost_micros: int) -> Grant | Shortage:
+        """Take what a request may use from every account, or nothing."""
+        now_s = self._clock()
+        day, month = self._calendar(now_s)
+        worst: Shortage | None = None
+        for account in accounts:
+            if account.day != day:
+                account.day, account.tokens_day, account.cost_day = day, 0, 0
+            if account.month != month:
+                account.month, account.cost_month = month, 0
+            short = self._check(account, num_tokens, cost_micros, now_s)
+            if short is not None and (worst is None or short.wait_s > worst.wait_s):
+                worst = short
+        if worst is not None:
+            return worst
+        minute = int(now_s // MINUTE_S)
+        for account in accounts:
+            account.requests.current += 1
+            account.tokens.current += num_tokens
+            account.running += 1
+            account.tokens_day += num_tokens
+            account.cost_day += cost_micros
+            account.cost_month += cost_micros
+        return Grant(accounts, num_tokens, cost_micros, minute, day, month, _headers(accounts, now_s))
+
+    def settle(self, grant: Grant, num_tokens: int, cost_micros: int) -> None:
+        """Replace what was taken by what was used. The request itself stays counted."""
+        tokens, cost = num_tokens - grant.num_tokens, cost_micros - grant.cost_micros
+        for account in grant.accounts:
+            account.running -= 1
+            account.tokens.adjust(tokens, grant.minute)
+            if account.day == grant.day:
+                account.tokens_day += tokens
+                account.cost_day += cost
+            if account.month == grant.month:
+                account.cost_month += cost
+
+    def _check(self, account: Account, num_tokens: int, cost_micros: int, now_s: float) -> Shortage | None:
+        rule = account.rule
+        requests, tokens = account.requests.used(now_s), account.tokens.used(now_s)
+        dimension = account.dimension
+        if rule.requests_per_minute is not None and requests + 1 > rule.requests_per_minute:
+            return Shortage(dimension, "requests", account.requests.wait_s(1, rule.requests_per_minute, now_s))
+        if rule.tokens_per_minute is not None and tokens + num_tokens > rule.tokens_per_minute:
+            return Shortage(dimension, "tokens", account.tokens.wait_s(num_tokens, rule.tokens_per_minute, now_s))
+        if rule.tokens_per_day is not None and account.tokens_day + num_tokens > rule.tokens_per_day:
+            return Shortage(dimension, "tokens_day", DAY_S - now_s % DAY_S)
+        if rule.cost_micros_per_day is not None and account.cost_day + cost_micros > rule.cost_micros_per_day:
+            return Shortage(dimension, "cost_day", DAY_S - now_s % DAY_S)
+        if rule.cost_micros_per_month is not None and account.cost_month + cost_micros > rule.cost_micros_per_month:
+            return Shortage(dimension, "cost_month", self._month_ends_s - now_s)
+        if rule.concurrent is not None and account.running >= rule.concurrent:
+            return Shortage(dimension, "concurrent", 0.0)
+        return None
+
+    def _calendar(self, now_s: float) -> tuple[int, int]:
+        day = int(now_s // DAY_S)
+        if day != self._day:
+            today = datetime.fromtimestamp(now_s, tz=UTC)
+            following = datetime(today.year + today.month // 12, today.month % 12 + 1, 1, tzinfo=UTC)
+            self._month_ends_s = following.timestamp()
+            self._day, self._month = day, today.year * 12 + today.month
+        return self._day, self._month
+
+
+def _headers(accounts: tuple[Account, ...], now_s: float) -> dict[str, str]:
+    """Return the headers clients read, of the account that is nearest its limit, requests and tokens apart."""
+    headers: dict[str, str] = {}
+    for kind in ("requests", "tokens"):
+        nearest: tuple[float, int, Window] | None = None
+        for account in accounts:
+            limit = account.rule.requests_per_minute if kind == "requests" else account.rule.tokens_per_minute
+            if limit is None:
+                continue
+            window = account.requests if kind == "requests" else account.tokens
+            left = limit - window.used(now_s)
+            if nearest is None or left < nearest[0]:
+                nearest = (left, limit, window)
+        if nearest is not None:
+            left, limit, _window = nearest
+            headers[f"x-ratelimit-limit-{kind}"] = str(limit)
+            headers[f"x-ratelimit-remaining-{kind}"] = str(max(0, int(left)))
+            # All that counts now has left the sliding window when two minutes are over, at the latest.
+            headers[f"x-ratelimit-reset-{kind}"] = f"{120 - int(now_s % MINUTE_S)}s"
+    return headers

@@ -1,0 +1,329 @@
+"""Limits: windows, budgets, waiting, fairness, usage."""
+
+import asyncio
+import math
+
+import pytest
+
+from server.errors import ConfigError, RateLimitedError
+from server.policy.budget import LimitedUse, UsageBook, sum_used
+from server.policy.fairness import Fairness
+from server.policy.limit_file import load_limits, parse_limits
+from server.policy.rate import MemoryLedger, Window
+from server.store.database import Store
+from server.types import Chat, ModelRequest, Outcome, Principal, SubjectId, TenantId, Usage, WireFormat
+
+NOON_S = 1_800_000_000.0 // 86400 * 86400 + 43200
+
+
+def new_principal(key="k1", subject="ana", tenant="acme", groups=("developers",)):
+    return Principal(SubjectId(subject), TenantId(tenant), frozenset(groups), frozenset({"*"}), "api_key", key)
+
+
+REQUEST = ModelRequest(WireFormat.CHAT, "m", Chat(({"role": "user", "content": "x"},)), {})
+
+
+class World:
+    """Limits with a clock that is moved by hand."""
+
+    def __init__(self, *limits, prices=None, max_wait_s=0, engines=None):
+        self.now_s = NOON_S
+        book = parse_limits({"limits": list(limits), "prices": prices or {}, "max_wait_s": max_wait_s})
+        self.ledger = MemoryLedger(book, clock=lambda: self.now_s)
+        self.usage = UsageBook(clock=lambda: self.now_s)
+        self.limits = LimitedUse(book, ledger=self.ledger, usage=self.usage, engines=engines)
+
+    def reserve(self, principal=None, prompt=10, most=10):
+        return self.limits.reserve(principal or new_principal(), REQUEST, prompt_tokens=prompt, max_tokens=most)
+
+    async def spend(self, principal=None, prompt=10, most=10, used=None):
+        async with self.reserve(principal, prompt, most) as held:
+            if used is not None:
+                held.settle(Outcome("completed", usage=Usage(prompt, used)))
+        return held
+
+
+async def test_requests_a_minute():
+    world = World({"per": "key", "requests_per_minute": 2})
+    first = await world.spend()
+    assert first.headers["x-ratelimit-limit-requests"] == "2"
+    assert first.headers["x-ratelimit-remaining-requests"] == "1"
+    await world.spend()
+    with pytest.raises(RateLimitedError) as caught:
+        await world.spend()
+    assert caught.value.retry_after_s > 60
+    await world.spend(new_principal("k2"))
+    world.now_s += 60
+    with pytest.raises(RateLimitedError):
+        await world.spend()
+    world.now_s += 30
+    await world.spend()
+
+
+async def test_tokens_are_held_in_full_and_settled_by_use():
+    world = World({"per": "key", "tokens_per_minute": 100})
+    async with world.reserve(prompt=20, most=60) as held:
+        assert held.headers["x-ratelimit-remaining-tokens"] == "20"
+        with pytest.raises(RateLimitedError):
+            await world.spend(prompt=20, most=1)
+        held.settle(Outcome("completed", usage=Usage(20, 5)))
+        held.settle(Outcome("completed", usage=Usage(20, 50)))
+    assert (await world.spend(prompt=5, most=70)).headers["x-ratelimit-remaining-tokens"] == "0"
+
+
+async def test_what_was_not_settled_is_given_back():
+    world = World({"per": "key", "tokens_per_minute": 100, "concurrent": 1})
+    for _ in range(5):
+        with pytest.raises(ValueError, match="engine"):
+            async with world.reserve(prompt=50, most=50):
+                raise ValueError("the engine failed")
+    await world.spend(prompt=50, most=50)
+
+
+async def test_a_request_that_never_fits_is_told_not_to_come_back():
+    world = World({"per": "key", "tokens_per_minute": 100}, max_wait_s=5)
+    with pytest.raises(RateLimitedError) as caught:
+        await world.spend(prompt=101, most=0)
+    assert caught.value.code == "request_over_limit"
+    assert caught.value.headers["x-should-retry"] == "false"
+
+
+async def test_streams_at_once_wait_for_a_place():
+    world = World({"per": "key", "concurrent": 1}, max_wait_s=5)
+    order = []
+
+    async def one(name):
+        async with world.reserve():
+            order.append(name)
+            await asyncio.sleep(0)
+
+    async with world.reserve():
+        tasks = [asyncio.create_task(one(name)) for name in "abc"]
+        await asyncio.sleep(0.01)
+        assert order == []
+    await asyncio.gather(*tasks)
+    assert sorted(order) == ["a", "b", "c"]
+    assert world.limits.waiting == {}
+
+
+async def test_the_wait_is_bounded_and_leaves_nothing_behind():
+    world = World({"per": "key", "concurrent": 1}, max_wait_s=0.05)
+    async with world.reserve():
+        with pytest.raises(RateLimitedError):
+            await world.spend()
+    assert world.limits.waiting == {}
+    await world.spend()
+
+
+async def test_one_who_leaves_while_waiting_takes_no_place():
+    world = World({"per": "key", "concurrent": 1}, max_wait_s=5)
+    async with world.reserve():
+        task = asyncio.create_task(world.spend())
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert world.limits.waiting == {}
+    await world.spend()
+
+
+@pytest.mark.parametrize("per", ["key", "subject", "team", "tenant", "model"])
+async def test_every_dimension_counts(per):
+    world = World({"per": per, "tokens_per_day": 30})
+    await world.spend(used=10)
+    with pytest.raises(RateLimitedError) as caught:
+        await world.spend()
+    assert caught.value.code == "insufficient_quota"
+    assert per in str(caught.value)
+    other = new_principal("k9", "bob", "zeta", ("developers",))
+    if per == "model":
+        with pytest.raises(RateLimitedError):
+            await world.spend(other)
+    else:
+        await world.spend(other)  # a group of the same name in another tenant is another team
+
+
+async def test_a_named_rule_takes_the_place_of_the_general_one():
+    world = World(
+        {"per": "team", "requests_per_minute": 1},
+        {"per": "team", "name": "leads", "requests_per_minute": 2},
+        {"per": "team", "name": "zeta/leads", "requests_per_minute": 3},
+    )
+    for group, tenant, limit in (("developers", "acme", 1), ("leads", "acme", 2), ("leads", "zeta", 3)):
+        principal = new_principal(tenant=tenant, groups=(group,))
+        for _ in range(limit):
+            await world.spend(principal)
+        with pytest.raises(RateLimitedError):
+            await world.spend(principal)
+
+
+async def test_a_day_ends_at_midnight_and_a_month_on_its_last_day():
+    world = World(
+        {"per": "key", "tokens_per_day": 20, "cost_per_month": 40}, prices={"m": {"prompt": 1e6, "completion": 1e6}}
+    )
+    await world.spend(used=10)
+    with pytest.raises(RateLimitedError) as caught:
+        await world.spend()
+    assert caught.value.retry_after_s == 43200
+    world.now_s += 43200
+    await world.spend(used=10)
+    world.now_s += 86400
+    with pytest.raises(RateLimitedError, match="spending a month"):
+        await world.spend()
+    world.now_s += 31 * 86400
+    await world.spend(used=10)
+
+
+async def test_money_is_held_and_settled():
+    world = World({"per": "tenant", "cost_per_day": 1}, prices={"*": {"prompt": 10_000, "completion": 20_000}})
+    await world.spend(prompt=10, most=20, used=1)  # holds 0.5, spends 0.12
+    await world.spend(prompt=10, most=20, used=20)
+    with pytest.raises(RateLimitedError, match="spending a day"):
+        await world.spend(prompt=10, most=20)
+
+
+async def test_use_before_the_start_counts(tmp_path):
+    store = Store.open(f"sqlite:///{tmp_path / 's.db'}")
+    limit = {"per": "team", "tokens_per_day": 50}
+    world = World(limit)
+    await world.spend(used=20)
+    assert world.usage.flush(store) == 1
+    assert world.usage.flush(store) == 0
+    again = World(limit)
+    again.ledger.load(sum_used(store, again.now_s))
+    await again.spend(prompt=10, most=10)
+    with pytest.raises(RateLimitedError):
+        await again.spend(prompt=10, most=11)
+    store.close()
+
+
+async def test_usage_that_cannot_be_written_is_kept(tmp_path):
+    store = Store.open(f"sqlite:///{tmp_path / 's.db'}")
+    world = World()
+    await world.spend(used=20)
+    with store.write() as connection:
+        connection.exec_driver_sql("ALTER TABLE usage RENAME TO away")
+    from server.errors import UnavailableError
+
+    with pytest.raises(UnavailableError):
+        world.usage.flush(store)
+    await world.spend(used=1)
+    with store.write() as connection:
+        connection.exec_driver_sql("ALTER TABLE away RENAME TO usage")
+    world.usage.flush(store)
+    (found,) = list(sum_used(store, world.now_s))[:1]
+    assert found[2] == 41
+    store.close()
+
+
+def test_a_window_slides():
+    window = Window()
+    assert window.used(120.0) == 0
+    window.current = 60
+    assert window.used(150.0) == 60
+    assert window.used(180.0) == 60
+    assert window.used(210.0) == 30
+    assert window.used(400.0) == 0
+    assert window.wait_s(11, 10, 400.0) == math.inf
+
+
+@pytest.mark.parametrize("used", [1, 5, 10])
+@pytest.mark.parametrize("num", [1, 4, 10])
+@pytest.mark.parametrize("offset_s", [0.0, 17.0, 59.0])
+def test_the_wait_told_is_enough_and_not_far_too_long(used, num, offset_s):
+    window = Window()
+    start_s = 600.0 + offset_s
+    window.used(start_s)
+    window.current = used
+    wait_s = window.wait_s(num, 10, start_s)
+    if wait_s:
+        assert window.used(start_s + wait_s * 0.95) + num > 10
+    assert window.used(start_s + wait_s + 0.001) + num <= 10 + 1e-6
+
+
+async def test_a_newcomer_finds_a_place_however_full_another_has_made_it():
+    engine = Fairness(8)
+    for _ in range(6):
+        await engine.acquire("flood", max_wait_s=1)
+    waiting = [asyncio.create_task(engine.acquire("flood", max_wait_s=5)) for _ in range(50)]
+    await asyncio.sleep(0)
+    assert engine.num_waiting == 50
+    await asyncio.wait_for(engine.acquire("calm", max_wait_s=1), timeout=0.5)
+    assert engine.num_running == 7
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    assert engine.num_waiting == 0
+
+
+async def test_a_free_place_goes_to_who_runs_the_fewest():
+    engine = Fairness(4, reserved=0)
+    for _ in range(4):
+        await engine.acquire("a", max_wait_s=1)
+    order = []
+
+    async def wait(tenant):
+        await engine.acquire(tenant, max_wait_s=5)
+        order.append(tenant)
+
+    tasks = []
+    for tenant in ("a", "a", "b", "c"):
+        tasks.append(asyncio.create_task(wait(tenant)))
+        await asyncio.sleep(0)
+    for _ in range(3):
+        engine.release("a")
+        await asyncio.sleep(0.001)
+    assert order == ["b", "c", "a"]
+    engine.release("a")
+    await asyncio.gather(*tasks)
+
+
+async def test_a_full_engine_refuses_in_bounded_time_and_counts_right():
+    engine = Fairness(1, max_waiting=1)
+    await engine.acquire("a", max_wait_s=1)
+    waiting = asyncio.create_task(engine.acquire("a", max_wait_s=0.05))
+    await asyncio.sleep(0)
+    with pytest.raises(RateLimitedError) as caught:
+        await engine.acquire("a", max_wait_s=1)
+    assert caught.value.code == "engine_full"
+    with pytest.raises(RateLimitedError):
+        await waiting
+    engine.release("a")
+    assert (engine.num_running, engine.num_waiting) == (0, 0)
+
+
+async def test_limits_are_given_back_when_the_engine_stays_full():
+    engine = Fairness(1)
+    world = World({"per": "key", "concurrent": 2}, engines={"m": engine}, max_wait_s=0.02)
+    async with world.reserve():
+        for _ in range(5):
+            with pytest.raises(RateLimitedError, match="engine is full"):
+                await world.spend()
+    assert engine.num_running == 0
+    await world.spend()
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        [], {"limits": {}}, {"limits": [{"per": "planet", "concurrent": 1}]}, {"limits": [{"per": "key"}]},
+        {"limits": [{"per": "key", "concurrent": 0}]}, {"limits": [{"per": "key", "concurrent": True}]},
+        {"limits": [{"per": "key", "speed": 1}]}, {"limits": [{"per": "key", "concurrent": 1}] * 2},
+        {"prices": {"m": {"prompt": -1}}}, {"prices": {"m": 3}}, {"colour": 1}, {"max_wait_s": "long"},
+        {"limits": [{"per": "key", "name": 3, "concurrent": 1}]}, {"limits": [{"per": "key", "cost_per_day": "1"}]},
+    ],
+)  # fmt: skip
+def test_a_bad_limits_file_is_refused(document):
+    with pytest.raises(ConfigError):
+        parse_limits(document)
+
+
+def test_the_default_limits_file_is_good(tmp_path):
+    from pathlib import Path
+
+    assert load_limits(Path("configs/policy/limits.yaml")).rule("key", "any") is not None
+    with pytest.raises(ConfigError):
+        load_limits(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(ConfigError):
+        load_limits(tmp_path / "bad.yaml")
