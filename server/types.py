@@ -138,6 +138,7 @@ class ModelRequest:
 
     `sampling` holds only engine fields that the wire format's parser has checked (`temperature`, `top_p`, `stop`,
     `seed`, `n`, …); `max_tokens` is what the caller asked for, None for "what is left".
+    `redactions` pairs each placeholder that the guard put into the payload with the value it stands for.
     """
 
     wire_format: WireFormat
@@ -149,6 +150,7 @@ class ModelRequest:
     include_usage: bool = True
     cache_hint: str | None = None
     classification: str | None = None
+    redactions: tuple[tuple[str, Secret], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +207,10 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing a detector found. `start` and `end` are character offsets in the scanned text; no text is kept."""
+    """One thing a detector found. `start` and `end` are character offsets in the scanned text; no text is kept.
+
+    `where` names the text where a request or an answer has several (`messages[2].content`, `choices[0].reasoning`).
+    """
 
     rule: str
     category: str
@@ -217,6 +222,7 @@ class Finding:
     line: int | None = None
     language: str | None = None
     fix: str | None = None
+    where: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,14 @@
+"""Insecure code in one block, whatever its language."""
+
+from __future__ import annotations
+
+from server.types import Finding
+
+
+def find_insecure(source: str, language: str | None) -> list[Finding]:
+    """Return the weaknesses in `source`."""
+    return []
+
+
+def warm() -> None:
+    """Load all rules."""
