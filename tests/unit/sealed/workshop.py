@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -61,7 +61,7 @@ class Workshop:
 
     def seal(self, name: str = "model", **changes) -> Path:
         out = self.folder / name
-        options = {
+        options: dict[str, Any] = {
             "model_id": "tiny",
             "version": 1,
             "services": [self.kms],
