@@ -21,13 +21,13 @@ from server.auth.pepper import CacheSalt, load_pepper, load_secret
 from server.auth.throttle import FailureThrottle
 from server.engine.client import EngineClient, unix_address, url_address
 from server.engine.local import engine_paths
-from server.guard import Guard
+from server.guard.guard import Guard
 from server.obs.metrics import Metrics
 from server.pipeline import Pipeline
 from server.policy.budget import LimitedUse, UsageBook
 from server.policy.engine import ModelFacts, PolicyEngine
 from server.policy.fairness import Fairness
-from server.policy.limit_file import LimitBook, load_limits
+from server.policy.limit_file import load_limits
 from server.policy.rate import MemoryLedger
 from server.registry.served import ModelRegistry, ServedModel
 from server.registry.source import open_model
@@ -69,7 +69,7 @@ class Gateway:
         """Start what runs in the background: engine watches, the store's watch, the usage book, the scan workers."""
         self.watch.start()
         self.usage.start(self.store)
-        await self.guard.start()
+        await self.guard.warm()
         for engine in self.engines:
             self._tasks.append(asyncio.create_task(engine.watch(on_change=self._watcher(engine))))
 
@@ -81,7 +81,7 @@ class Gateway:
                 await task
         self.watch.stop()
         self.usage.stop(self.store)
-        await self.guard.stop()
+        await self.guard.close()
         for engine in self.engines:
             engine.close()
         await self.audit.aclose()
@@ -90,7 +90,7 @@ class Gateway:
     def _watcher(self, engine: EngineClient) -> Callable[[bool, str | None], None]:
         gauge = self.metrics.engine_ready.labels(engine.model)
 
-        def on_change(ready: bool, refusal: str | None) -> None:  # noqa: FBT001 - the engine client's own signature
+        def on_change(ready: bool, refusal: str | None) -> None:
             gauge.set(1 if ready else 0)
             log.info("engine is %s", "ready" if ready else "down", extra={"model": engine.model, "refusal": refusal})
 
@@ -117,9 +117,9 @@ def build_gateway(settings: Settings) -> Gateway:
         require_signature=settings.templates.require_signature,
         public_key=settings.templates.signer.read_bytes() if settings.templates.signer else None,
     )
-    models = ModelRegistry(
-        tuple(_serve_model(model, settings, store, templates, salt) for model in settings.models)
-    )
+    served = [_serve_model(model, settings, store, templates, salt) for model in settings.models]
+    models = ModelRegistry(tuple(model for model, _ in served))
+    engines = tuple(engine for _, engine in served)
     metrics.unsigned_models.set(sum(not model.signed for model in models.models))
     facts = {
         model.id: ModelFacts(model.settings.stage, model.settings.classification, model.settings.licence)
@@ -128,9 +128,8 @@ def build_gateway(settings: Settings) -> Gateway:
     policy = PolicyEngine.load(settings.policy.directory, models=facts.get, quarantine=quarantine)
     appender = AuditClient(settings.audit_socket, answer_s=settings.audit.append_timeout_s)
     audit = Audit(appender, text_key=load_secret(settings.keys_dir / "audit-text", "audit text key"))
-    guard = Guard(settings.guard)
-    limits_file = settings.limits.file
-    book = load_limits(limits_file) if limits_file is not None else LimitBook()
+    guard = Guard(num_workers=settings.guard.num_workers, timeout_s=settings.guard.scan_timeout_ms / 1000)
+    book = load_limits(settings.limits.file or settings.policy.directory / "limits.yaml")
     usage = UsageBook()
     limits = LimitedUse(
         book,
@@ -145,7 +144,6 @@ def build_gateway(settings: Settings) -> Gateway:
         return await audit.append(new_entry(event, **fields))
 
     access = Access(auth, policy, record)
-    engines = tuple(model.engine for model in models.models)
     ready = lambda: all(engine.ready for engine in engines)  # noqa: E731 - one use, one line
     public = build_public(PublicDeps(traffic, models, access, ready, settings.public.cors_origins))
     admin = build_admin(
@@ -159,14 +157,12 @@ def build_gateway(settings: Settings) -> Gateway:
             ready=lambda: {"models": {model.id: model.engine.ready for model in models.models}},
         )
     )
-    return Gateway(
-        settings, public, admin, traffic, metrics, models, engines, appender, store, watch, usage, guard
-    )
+    return Gateway(settings, public, admin, traffic, metrics, models, engines, appender, store, watch, usage, guard)
 
 
 def _serve_model(
     model: ModelSettings, settings: Settings, store: Store, templates: TemplateRegistry, salt: CacheSalt
-) -> ServedModel:
+) -> tuple[ServedModel, EngineClient]:
     source = open_model(model, settings.seal, floor=store.get_floor(model.id))
     builder = PromptBuilder(templates, source.files, embeds=model.engine.runner == "pooling")
     max_model_len = model.engine.max_model_len or source.max_model_len
@@ -175,7 +171,7 @@ def _serve_model(
     else:
         address = unix_address(engine_paths(settings.state, model.id).socket)
     engine = EngineClient(model.id, max_model_len, address, embeds=model.engine.runner == "pooling")
-    return ServedModel(
+    served = ServedModel(
         settings=model,
         digest=source.digest,
         signed=source.signer is not None,
@@ -184,6 +180,7 @@ def _serve_model(
         control_ids=frozenset(builder.vocabulary.control_ids),
         cache_salt=salt.cache_salt,
     )
+    return served, engine
 
 
 async def _metrics_text(metrics: Metrics, engines: tuple[EngineClient, ...]) -> bytes:
@@ -191,6 +188,6 @@ async def _metrics_text(metrics: Metrics, engines: tuple[EngineClient, ...]) -> 
     pieces = [metrics.text()]
     for engine in engines:
         if engine.ready:
-            with contextlib.suppress(Exception):  # noqa: BLE001 - a scrape must not fail with an engine
+            with contextlib.suppress(Exception):
                 pieces.append((await engine.metrics_text()).encode())
     return b"".join(pieces)

@@ -48,7 +48,9 @@ def prepare_folders(state: Path) -> None:
                 folder.chmod(0o700)
         free_bytes = shutil.disk_usage(state).free
     except OSError as err:
-        raise ConfigError(f"The state folder {state} can't be used: {err.strerror}. Choose another with --state.") from err
+        raise ConfigError(
+            f"The state folder {state} can't be used: {err.strerror}. Choose another with --state."
+        ) from err
     if free_bytes < MIN_FREE_BYTES:
         raise ConfigError(
             f"The disk of {state} has {free_bytes // 2**20} MiB free, at least {MIN_FREE_BYTES // 2**20} are needed."
@@ -89,8 +91,17 @@ def prepare_embedded(settings: Settings, say: Callable[[str], None]) -> None:
         if model.path.exists():
             continue
         say(f"sealing the embedded model {model.id} (about half a minute)")
-        command = [sys.executable, "-m", "server.bootstrap", model.id, str(model.path), "--kms", str(keys / KMS_KEY),
-                   "--signer", str(keys / SIGNING_KEY)]
+        command = [
+            sys.executable,
+            "-m",
+            "server.bootstrap",
+            model.id,
+            str(model.path),
+            "--kms",
+            str(keys / KMS_KEY),
+            "--signer",
+            str(keys / SIGNING_KEY),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own module
         if done.returncode != 0:
             last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
@@ -107,18 +118,32 @@ def prepare_clients(settings: Settings, record: Callable[..., Any]) -> None:
     model = settings.models[0].id if settings.models else ""
     host = settings.public.host if ":" not in settings.public.host else f"[{settings.public.host}]"
     scheme = "https" if settings.public.tls else "http"
-    _write_env(settings, "client.env", record, KeySpec("local-developer", "local", CLIENT_GROUPS, CLIENT_SCOPES), {
-        "OPENAI_BASE_URL": f"{scheme}://{host}:{settings.public.port}/v1",
-        "OPENAI_API_KEY": "",
-        "MODEL": model,
-    })
-    _write_env(settings, "admin.env", record, KeySpec("local-operator", "local", ADMIN_GROUPS, ADMIN_SCOPES), {
-        "ADMIN_BASE_URL": f"http://{settings.admin.host}:{settings.admin.port}",
-        "ADMIN_API_KEY": "",
-    })
+    _write_env(
+        settings,
+        "client.env",
+        record,
+        KeySpec("local-developer", "local", CLIENT_GROUPS, CLIENT_SCOPES),
+        {
+            "OPENAI_BASE_URL": f"{scheme}://{host}:{settings.public.port}/v1",
+            "OPENAI_API_KEY": "",
+            "MODEL": model,
+        },
+    )
+    _write_env(
+        settings,
+        "admin.env",
+        record,
+        KeySpec("local-operator", "local", ADMIN_GROUPS, ADMIN_SCOPES),
+        {
+            "ADMIN_BASE_URL": f"http://{settings.admin.host}:{settings.admin.port}",
+            "ADMIN_API_KEY": "",
+        },
+    )
 
 
-def _write_env(settings: Settings, name: str, record: Callable[..., Any], spec: KeySpec, values: dict[str, str]) -> None:
+def _write_env(
+    settings: Settings, name: str, record: Callable[..., Any], spec: KeySpec, values: dict[str, str]
+) -> None:
     path = settings.state / name
     secret_name = next(key for key, value in values.items() if key.endswith("API_KEY") and not value)
     known = read_env(path).get(secret_name)
@@ -162,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--signer", type=Path, required=True)
     args = parser.parse_args(argv)
     seal_model(
-        load_embedded(args.model_id),
+        load_embedded(),
         args.out,
         model_id=args.model_id,
         version=1,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import uvicorn
+import uvloop
 from typing_extensions import override
 
 from server.api.protocol import protocol_for
@@ -145,18 +146,11 @@ def main(argv: list[str] | None = None) -> int:
     settings = parse_settings(json.loads(args.settings.read_text(encoding="utf-8")), base=Path("/"))
     setup_logging(settings.log_level)
     try:
-        uvloop_run(serve(settings))
+        uvloop.run(serve(settings))
     except StartError as err:
         log.critical("the gateway must not start: %s", err, extra={"code": err.code})
         return EXIT_REFUSED
     return 0
-
-
-def uvloop_run(main_task: object) -> None:
-    """Run a coroutine on uvloop."""
-    import uvloop
-
-    uvloop.run(main_task)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ from server.store.database import Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from server.settings import ModelSettings, Settings
 
@@ -106,9 +105,19 @@ class Host:
 
     def _writer_spec(self) -> ChildSpec:
         settings = self.settings
-        argv = (sys.executable, "-m", "server.audit.writer", "--dir", str(settings.audit_dir),
-                "--key", str(settings.keys_dir / "audit.key"), "--socket", str(settings.audit_socket),
-                "--heartbeat-s", str(settings.audit.heartbeat_s))
+        argv = (
+            sys.executable,
+            "-m",
+            "server.audit.writer",
+            "--dir",
+            str(settings.audit_dir),
+            "--key",
+            str(settings.keys_dir / "audit.key"),
+            "--socket",
+            str(settings.audit_socket),
+            "--heartbeat-s",
+            str(settings.audit.heartbeat_s),
+        )
 
         async def ready() -> bool:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
@@ -119,7 +128,11 @@ class Host:
             return True
 
         return ChildSpec(
-            name="audit writer", argv=argv, env=_environment(), ready=ready, ready_limit_s=120.0,
+            name="audit writer",
+            argv=argv,
+            env=_environment(),
+            ready=ready,
+            ready_limit_s=120.0,
             restart_policy=RestartPolicy(initial_s=0.2, max_restarts=5),
             log_path=settings.state / "logs" / "audit-writer.log",
         )
@@ -140,9 +153,16 @@ class Host:
             return await asyncio.to_thread(answers, settings, "/livez")
 
         return ChildSpec(
-            name="gateway", argv=argv, env=_environment(), ready=live, healthy=live, ready_limit_s=60.0,
-            grace_s=settings.public.drain_s + 10, restart_policy=RestartPolicy(initial_s=0.2),
-            log_path=settings.state / "logs" / "gateway.log", before_start=before_start,
+            name="gateway",
+            argv=argv,
+            env=_environment(),
+            ready=live,
+            healthy=live,
+            ready_limit_s=60.0,
+            grace_s=settings.public.drain_s + 10,
+            restart_policy=RestartPolicy(initial_s=0.2),
+            log_path=settings.state / "logs" / "gateway.log",
+            before_start=before_start,
         )
 
     def _engine_spec(self, model: ModelSettings, source: ModelSource) -> ChildSpec:
@@ -269,5 +289,3 @@ def _parse_cores(text: str | None) -> tuple[int, ...]:
 def is_ready(settings: Settings) -> bool:
     """Whether all models answer."""
     return answers(settings, "/readyz")
-
-

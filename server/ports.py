@@ -114,6 +114,11 @@ class Engine(Protocol):
     model: str
     max_model_len: int
 
+    @property
+    def ready(self) -> bool:
+        """Whether it passed its self-test and has not gone away since."""
+        ...
+
     def stream(
         self, prompt: Prompt, request: ModelRequest, *, max_tokens: int, cache_salt: str, request_id: RequestId
     ) -> AsyncGenerator[list[Delta], None]:
@@ -129,7 +134,10 @@ class Engine(Protocol):
 class Model(Protocol):
     """One served model: its engine, its tokenizer, its limits."""
 
-    id: str
+    @property
+    def id(self) -> str:
+        """The id that records and policies know it by."""
+        ...
 
     async def render(self, request: ModelRequest, obligations: Obligations, principal: Principal) -> Prompt:
         """As `PromptRenderer.render`; long texts are rendered off the event loop.
@@ -193,8 +201,8 @@ class Record(Protocol):
         """Note what was released."""
         ...
 
-    async def finish(self, outcome: Outcome) -> None:
-        """Make the outcome durable.
+    async def finish(self, outcome: Outcome) -> int:
+        """Make the outcome durable; return its index in the log.
 
         Raises:
             AuditUnavailableError: The log cannot be written.

@@ -130,13 +130,9 @@ class AuditSettings(_Section):
 
 
 class LimitSettings(_Section):
-    """What everybody may use where no budget says otherwise; 0 stands for no limit."""
+    """What belongs to the machine; limits and prices stand in the policy folder's `limits.yaml`."""
 
-    requests_per_minute: int = Field(default=0, ge=0)
-    tokens_per_minute: int = Field(default=0, ge=0)
-    concurrent_requests: int = Field(default=0, ge=0)
     max_running: int = Field(default=256, ge=1)
-    max_wait_s: float = Field(default=10.0, ge=0)
     file: Path | None = None
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from server.errors import AuthenticationError, PermissionDeniedError
+from server.types import Chat, ModelRequest, WireFormat
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from server.ports import Authenticator
-    from server.types import Client, Credentials, Decision, ModelRequest, Principal
+    from server.types import Client, Credentials, Decision, Principal
 
 
 class DecidesAll(Protocol):
@@ -18,10 +19,6 @@ class DecidesAll(Protocol):
 
     def decide(self, principal: Principal, action: str, request: ModelRequest | None, client: Client) -> Decision:
         """Return the decision with its reason."""
-        ...
-
-    def may_list(self, principal: Principal, model_id: str, client: Client) -> bool:
-        """Whether the caller may see this model."""
         ...
 
 
@@ -90,4 +87,5 @@ class Access:
 
     def may_list(self, principal: Principal, model_id: str, client: Client) -> bool:
         """Whether the caller may see this model in the list."""
-        return self._policy.may_list(principal, model_id, client)
+        glance = ModelRequest(WireFormat.CHAT, model_id, Chat(()), {})
+        return self._policy.decide(principal, "model:model:list", glance, client).allowed

@@ -75,5 +75,5 @@ def follow(
     while True:
         for at, entry in entries_from(directory, at):
             yield at, entry
-            at += 1  # noqa: PLW2901 - the next entry to ask for
+            at += 1
         sleep(_POLL_S)

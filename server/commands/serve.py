@@ -28,8 +28,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, help="port of the public listener; wins over the configuration")
     parser.add_argument("--admin-port", type=int, help="port of the admin listener (default: the public port plus one)")
     parser.add_argument("--state", type=Path, help="the state folder; wins over the configuration")
-    parser.add_argument("--prepare-embedded", action="store_true",
-                        help="seal the embedded model, and make keys and client.env, where they are missing")
+    parser.add_argument(
+        "--prepare-embedded",
+        action="store_true",
+        help="seal the embedded model, and make keys and client.env, where they are missing",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

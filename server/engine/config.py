@@ -63,8 +63,9 @@ _EXTRA_ARGS: dict[str, str | None] = {
 _KNOWN_ARGS = frozenset(_EXTRA_ARGS) | {
     "--disable-fastapi-docs", "--disable-uvicorn-access-log", "--dtype", "--enable-auto-tool-choice",
     "--enable-prefix-caching", "--enable-prompt-tokens-details", "--enforce-eager", "--generation-config",
-    "--load-format", "--lora-modules", "--max-model-len", "--model", "--model-loader-extra-config", "--no-enable-prefix-caching", "--quantization",
-    "--runner", "--served-model-name", "--speculative-config", "--tool-call-parser", "--uds",
+    "--load-format", "--lora-modules", "--max-model-len", "--model", "--model-loader-extra-config",
+    "--no-enable-prefix-caching", "--quantization", "--runner", "--served-model-name", "--speculative-config",
+    "--tool-call-parser", "--uds",
 }  # fmt: skip
 
 # What vLLM must never be started with, each with the reason that goes into the error.

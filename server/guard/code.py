@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from server.types import Finding
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from server.types import Finding
 
 
 def find_insecure(source: str, language: str | None) -> list[Finding]:
