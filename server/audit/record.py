@@ -194,9 +194,7 @@ class Record:
             },
         }
 
-    async def accept(
-        self, prompt: Prompt, scan: ScanReport, effective: dict[str, Any]
-    ) -> int:
+    async def accept(self, prompt: Prompt, scan: ScanReport, effective: dict[str, Any]) -> int:
         """Make the request's record durable; no token may be computed before this returns.
 
         Args:

@@ -1,4 +1,4 @@
-"""The offline verifier: reads a copy of a log once, streaming, and names the first entry at fault. Imports no writer."""
+"""The offline verifier: reads a copy of a log once, streaming, and names the first entry at fault."""
 
 from __future__ import annotations
 
@@ -133,7 +133,11 @@ class Verifier:
         except UnicodeDecodeError as err:
             raise VerificationError("A signed note is not text.", index=self._good) from err
         report.origin, report.size, report.root = self._key.name, self._tree.size, self._tree.root()
-        report.num_open, report.is_pinned, report.has_journal = len(self._open), self._pinned is not None, self._use_journal
+        report.num_open, report.is_pinned, report.has_journal = (
+            len(self._open),
+            self._pinned is not None,
+            self._use_journal,
+        )
         return report
 
     # What must be there -------------------------------------------------------------------------------------------
@@ -208,7 +212,8 @@ class Verifier:
         for number, (first, path) in enumerate(segments):
             if first != self._tree.size:
                 raise VerificationError(
-                    f"{path.name} begins at entry {first}, expected {self._tree.size}.", index=min(first, self._tree.size)
+                    f"{path.name} begins at entry {first}, expected {self._tree.size}.",
+                    index=min(first, self._tree.size),
                 )
             last: Commit | None = None
             with path.open("rb") as file:
@@ -284,7 +289,8 @@ class Verifier:
             for what, expected in self._heads[tree.size]:
                 if root != expected:
                     raise VerificationError(
-                        f"The log conflicts with {what} at {tree.size} entries: one of them is forged.", index=self._good
+                        f"The log conflicts with {what} at {tree.size} entries: one of them is forged.",
+                        index=self._good,
                     )
         if tree.size % TILE_WIDTH == 0:
             self._compare_bundle(tree.size // TILE_WIDTH - 1, TILE_WIDTH)
@@ -334,7 +340,9 @@ class Verifier:
                     continue
                 found = int(partial.name) if partial.name.isdecimal() else 0
                 if not 1 <= found <= width:
-                    raise VerificationError(f"{partial.relative_to(self._directory)} does not belong.", index=self._good)
+                    raise VerificationError(
+                        f"{partial.relative_to(self._directory)} does not belong.", index=self._good
+                    )
                 self._compare_file(partial, self._prefix(data, found, unit_bytes), level, index, unit_bytes)
         if not is_full and (need := (published >> (8 * (level or 0))) - index * TILE_WIDTH) > 0:
             partial = folder / str(need)
@@ -353,7 +361,10 @@ class Verifier:
         found = path.read_bytes()
         if found == expected:
             return
-        at = next((at for at, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), min(len(found), len(expected)))
+        at = next(
+            (at for at, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b),
+            min(len(found), len(expected)),
+        )
         if unit_bytes:
             first = (index * TILE_WIDTH + at // unit_bytes) * TILE_WIDTH ** (level or 0)
         else:
@@ -363,7 +374,9 @@ class Verifier:
                 if at < end:
                     break
                 first += 1
-        raise VerificationError(f"{path.relative_to(self._directory)} differs from the journal.", index=min(first, self._tree.size))
+        raise VerificationError(
+            f"{path.relative_to(self._directory)} differs from the journal.", index=min(first, self._tree.size)
+        )
 
     def _check_ends(self) -> None:
         size = self._tree.size
@@ -395,7 +408,7 @@ class Verifier:
                 raise VerificationError(f"{path.relative_to(self._directory)} is beyond the log's end.", index=size)
 
     def _blame(self, index: int) -> int:
-        """Return the entry at fault in the damaged commit that begins at `index`, by the tiles where they still stand."""
+        """Return the entry at fault in the damaged commit that begins at `index`, by the tiles if they stand."""
         try:
             path = [path for first, path in journal.list_segments(self._directory) if first <= index][-1]
             with path.open("rb") as file:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -18,6 +17,7 @@ from server.audit.verify import VerificationError, Verifier, describe
 from server.errors import AuditLogError, ConfigError, NotFoundError
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable
 
 HELP = "verify, search, prove and ship the audit log"
@@ -116,8 +116,10 @@ def _verify(args: argparse.Namespace) -> int:
     print(f"{report.origin}: {report.size} entries verified in {time.monotonic() - started_s:.1f} s")
     print(f"  root       {report.root.hex()}")
     print(f"  time       {report.first_time} to {report.last_time}")
-    print(f"  requests   {report.num_accepted} accepted, {report.num_finished} finished ({report.num_unknown} unknown),"
-          f" {report.num_refused} refused, {report.num_open} open")
+    print(
+        f"  requests   {report.num_accepted} accepted, {report.num_finished} finished ({report.num_unknown} unknown),"
+        f" {report.num_refused} refused, {report.num_open} open"
+    )
     if report.minimum_index:
         print(f"  pruned     entries below {report.minimum_index}")
     if not report.is_pinned:
@@ -183,4 +185,3 @@ def _check_receipt(args: argparse.Namespace) -> int:
         raise AuditLogError(f"The receipt is of entry {receipt.index}, not {args.index}.")
     print(f"entry {receipt.index} is in {checkpoint.origin} at {checkpoint.size} entries")
     return 0
-

@@ -42,7 +42,6 @@ class ServedModel:
 
     settings: ModelSettings
     digest: str
-    signed: bool
     engine: Engine
     renderer: PromptRenderer
     control_ids: frozenset[int]

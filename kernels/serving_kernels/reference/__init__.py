@@ -1,1 +1,0 @@
-"""The same operations in plain PyTorch, written to be read; tests and benchmarks compare against these."""
