@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
     load_pem_private_key,
 )
+from typing_extensions import override
 
 from server.errors import ConfigError
 
@@ -84,6 +85,7 @@ class VerifierKey:
         """The 4 bytes that begin its signatures."""
         return key_hash(self.name, self.key_type, self.public_key)
 
+    @override
     def __str__(self) -> str:
         material = base64.b64encode(bytes([self.key_type]) + self.public_key).decode()
         return f"{self.name}+{self.id.hex()}+{material}"

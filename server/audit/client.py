@@ -6,7 +6,9 @@ import asyncio
 import socket
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from typing_extensions import override
 
 from server.audit.entry import encode_entry
 from server.audit.writer_protocol import ACK, DURABLE, LENGTH, MAX_MESSAGE_BYTES, UNAVAILABLE
@@ -42,9 +44,9 @@ class _Link(asyncio.Protocol):
         self._waiting: deque[asyncio.Future[int]] = deque()
         self._partial = b""
 
+    @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast("asyncio.Transport", transport)
 
     def send(self, entry: bytes) -> asyncio.Future[int]:
         """Queue an entry for this tick's message; the future has its index once it is durable."""
@@ -66,6 +68,7 @@ class _Link(asyncio.Protocol):
             self._batch.clear()
             self._batch_bytes = 0
 
+    @override
     def data_received(self, data: bytes) -> None:
         if self._partial:
             data = self._partial + data
@@ -83,6 +86,7 @@ class _Link(asyncio.Protocol):
                     future.set_exception(_failure(status))
         self._partial = data[at:]
 
+    @override
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
         self._batch.clear()

@@ -73,7 +73,7 @@ def follow(
     """
     at = journal_size(directory) if index is None else index
     while True:
-        for at, entry in entries_from(directory, at):
-            yield at, entry
-            at += 1
+        for found, entry in entries_from(directory, at):
+            yield found, entry
+            at = found + 1
         sleep(_POLL_S)

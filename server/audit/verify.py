@@ -1,4 +1,4 @@
-"""The offline verifier: reads a copy of a log once, streaming, and names the first entry at fault. Imports no writer."""
+"""The offline verifier: reads a copy of a log once, streaming, and names the first entry at fault."""
 
 from __future__ import annotations
 
@@ -408,7 +408,7 @@ class Verifier:
                 raise VerificationError(f"{path.relative_to(self._directory)} is beyond the log's end.", index=size)
 
     def _blame(self, index: int) -> int:
-        """Return the entry at fault in the damaged commit that begins at `index`, by the tiles where they still stand."""
+        """Return the entry at fault in the damaged commit that begins at `index`, by the tiles if they stand."""
         try:
             path = [path for first, path in journal.list_segments(self._directory) if first <= index][-1]
             with path.open("rb") as file:

@@ -232,8 +232,10 @@ class Writer:
 
     def _append(self, pending: list[tuple[_Connection, list[bytes], bytes]]) -> None:
         """Commit what every connection sent, and owe each its answers in order."""
-        accepted: list[bytes] = []
-        bodies: list[bytes] = []
+        # Its own entries go first: what a new segment says of open requests must precede what happens to them next.
+        own = self._own
+        accepted: list[bytes] = own.copy()
+        bodies: list[bytes] = [pack_entries(own)] if own else []
         answers: list[tuple[_Connection, int, int]] = []  # status, count
         changes: list[tuple[bytes, _Connection | None, bool]] = []
         for connection, entries, packed in pending:
@@ -249,10 +251,12 @@ class Writer:
                     bodies.append(pack_entries([entry]))
                 answers.append((connection, REFUSED if is_refused else DURABLE, 1))
         try:
-            first = self._commit(b"".join(bodies), accepted) if accepted else 0
+            self._own = []
+            first = len(own) + self._commit(b"".join(bodies), accepted) if accepted else 0
         except OSError:
+            self._own = own + self._own
             self._undo(changes)
-            self._num_refused += len(accepted)
+            self._num_refused += len(accepted) - len(own)
             answers = [(connection, max(status, UNAVAILABLE), count) for connection, status, count in answers]
             first = 0
         for connection, status, count in answers:
@@ -346,7 +350,6 @@ class Writer:
                 log.publish()
                 self._next_publish_s = now_s + self._publish_interval_s
             if log.is_segment_full and now_s >= self._rotate_at_s:
-                self._rotate_at_s = now_s + 1.0
                 log.rotate()
                 ids = [json.loads(b'"' + request_id + b'"') for request_id in self._open]
                 for start in range(0, max(1, len(ids)), _IDS_PER_ENTRY):
@@ -358,7 +361,7 @@ class Writer:
             elif not busy and log.is_published:
                 log.sync_tile()
         except (OSError, TileError) as err:
-            self._next_publish_s = now_s + 1.0
+            self._next_publish_s = self._rotate_at_s = now_s + 1.0
             report("error", "audit tiles can't be published", error=str(err))
 
     # Sockets ------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -18,6 +17,7 @@ from server.audit.verify import VerificationError, Verifier, describe
 from server.errors import AuditLogError, ConfigError, NotFoundError
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable
 
 HELP = "verify, search, prove and ship the audit log"
