@@ -24,6 +24,7 @@ from typing import Any
 import httptools
 import orjson
 import uvloop
+from typing_extensions import override
 
 PROSE = "Here is what I would do: keep the function small, check its input first, and write a test for each branch. "
 
@@ -154,9 +155,11 @@ class Connection(asyncio.Protocol):
         self.task: asyncio.Task[None] | None = None
         self.running = False
 
+    @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]
 
+    @override
     def connection_lost(self, exc: Exception | None) -> None:
         del exc
         if self.task is not None:
@@ -166,6 +169,7 @@ class Connection(asyncio.Protocol):
             self.engine.num_running -= 1
             self.engine.num_aborted += 1
 
+    @override
     def data_received(self, data: bytes) -> None:
         try:
             self.parser.feed_data(data)

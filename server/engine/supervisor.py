@@ -18,6 +18,7 @@ from typing import Any
 
 from server.engine.config import EXIT_REFUSED
 from server.engine.isolation import become_subreaper
+from server.engine.tree import kill_tree, tree_members
 from server.errors import StartError
 
 logger = logging.getLogger(__name__)
@@ -135,6 +136,7 @@ class Child:
     last_error: str = ""
     _stopping: bool = False
     _refused: bool = False
+    _tree: dict[int, int] = field(default_factory=dict)
     _task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -151,6 +153,7 @@ class Child:
         self._stopping = True
         if self.process is not None:
             self._emit(ChildEvent.STOPPING)
+            self._tree = tree_members(self.process.pid, self._tree)
             with suppress(ProcessLookupError):
                 self.process.send_signal(self.spec.stop_signal)
             try:
@@ -163,7 +166,7 @@ class Child:
             with suppress(asyncio.CancelledError):
                 await self._task
         if self.process is not None:
-            await kill_tree(self.process)
+            await kill_tree(self.process, self._tree)
             self.process = None
         self.is_ready.clear()
         self._emit(ChildEvent.STOPPED)
@@ -205,7 +208,8 @@ class Child:
             refused = isinstance(err, StartError)
             self._emit(ChildEvent.EXITED, code=EXIT_REFUSED if refused else -1, ready=False, error=_code_of(err))
             return _Exit(EXIT_REFUSED if refused else -1, was_ready=False, lived_s=0.0)
-        watch = asyncio.create_task(self._watch(start_s))
+        self._tree = {}
+        watch = asyncio.create_task(self._watch(process, start_s))
         try:
             code = await _wait_exit(process)
         finally:
@@ -214,7 +218,7 @@ class Child:
                 await watch
         was_ready = self.is_ready.is_set()
         self.is_ready.clear()
-        await kill_tree(process)  # what it started must not outlive it
+        await kill_tree(process, self._tree)  # what it started must not outlive it
         self.process = None
         lived_s = loop.time() - start_s
         if not self._stopping:
@@ -223,9 +227,9 @@ class Child:
             await spec.after_exit()
         return _Exit(code, was_ready, lived_s)
 
-    async def _watch(self, start_s: float) -> None:
+    async def _watch(self, process: subprocess.Popen[bytes], start_s: float) -> None:
         """Wait until ready, then ask for health; kill the process where either fails."""
-        spec, process = self.spec, self.process
+        spec = self.spec
         loop = asyncio.get_running_loop()
         while not await self._ask_ready():
             if self._refused:
@@ -237,6 +241,7 @@ class Child:
                 _kill(process)
                 return
             await asyncio.sleep(POLL_S)
+        self._tree = tree_members(process.pid)
         self.is_ready.set()
         self._emit(ChildEvent.READY, after_s=round(loop.time() - start_s, 3))
         num_failures = 0
@@ -398,49 +403,10 @@ async def _ask(question: Callable[[], Awaitable[bool]], limit_s: float) -> bool:
         return False
 
 
-def _kill(process: subprocess.Popen[bytes] | None) -> None:
-    if process is not None:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _code_of(err: Exception) -> str:
     return str(getattr(err, "code", type(err).__name__))
-
-
-async def kill_tree(process: subprocess.Popen[bytes]) -> None:
-    """Kill every process of the session that `process` led, and reap what falls to us; returns when none is left."""
-    while members := session_members(process.pid):
-        for pid in members:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        await asyncio.sleep(0.01)
-        _reap(members, process)
-    process.poll()
-
-
-def _reap(pids: list[int], leader: subprocess.Popen[bytes]) -> None:
-    for pid in pids:
-        if pid == leader.pid:
-            leader.poll()
-            continue
-        with suppress(ChildProcessError):  # not ours: its own parent still lives, or has reaped it
-            os.waitpid(pid, os.WNOHANG)
-
-
-def session_members(session_id: int) -> list[int]:
-    """Pids of the session's processes, zombies that we must reap included, other parents' zombies not."""
-    members = []
-    own_pid = os.getpid()
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            stat = (entry / "stat").read_text(encoding="ascii", errors="replace")
-        except OSError:
-            continue  # it ended while we looked
-        # pid (comm) state ppid pgrp session …; comm may hold spaces and brackets
-        state, ppid, _, session = stat[stat.rindex(")") + 2 :].split()[:4]
-        if int(session) == session_id and (state not in "ZX" or int(ppid) == own_pid):
-            members.append(int(entry.name))
-    return members

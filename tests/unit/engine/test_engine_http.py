@@ -226,7 +226,7 @@ async def test_a_slow_reader_stops_the_peer(tmp_path: Path) -> None:
         nonlocal num_written
         writer.write(OK_CHUNKED)
         piece = b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
-        for _ in range(200):
+        for _i in range(200):
             writer.write(piece)
             await writer.drain()
             num_written += 1
