@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
     from server.engine.http import Connection
-    from server.types import Delta, ModelRequest, Prompt, RequestId, Secret
+    from server.types import Delta, ModelRequest, Prompt, RequestId, Secret, Usage
 
 # No text tokenises to these, in this order: an engine that renders or re-encodes cannot give them back by accident.
 PROBE_IDS = (7, 11, 13, 17, 19, 23, 29, 31)
@@ -130,10 +130,12 @@ class EngineClient:
             prompt, request, model=self._served_name, max_tokens=max_tokens, cache_salt=cache_salt
         )
         if isinstance(request.payload, Embedding):
-            yield parse_embeddings(await self._call("POST", path, body, limit_s=self._timeouts.first_byte_s))
+            deltas = parse_embeddings(await self._call("POST", path, body, limit_s=self._timeouts.first_byte_s))
+            self._check_usage(prompt, deltas[-1].usage)
+            yield deltas
             return
         parser = EventParser(chat=isinstance(request.payload, Chat))
-        num_prompt_tokens = -1
+        usage: Usage | None = None
         connection: Connection | None = None
         try:
             connection = await self._pool.open("POST", path, body)
@@ -142,8 +144,7 @@ class EngineClient:
             while data := await connection.read(limit_s):
                 limit_s = self._timeouts.stall_s
                 if deltas := parser.feed(data):
-                    if (usage := deltas[-1].usage) is not None:
-                        num_prompt_tokens = usage.prompt_tokens
+                    usage = deltas[-1].usage or usage
                     yield deltas
         except TransportError as err:
             raise self._translate(err) from err
@@ -152,10 +153,7 @@ class EngineClient:
                 self._pool.release(connection)
         if not parser.done:
             raise EngineError("The engine ended its answer early. Please try again.")
-        if num_prompt_tokens != len(prompt.token_ids):
-            # The self-test passed, and yet another prompt than ours was answered: stop using this engine.
-            self._tested = None
-            raise EngineError("The engine did not answer the prompt that it was given.")
+        self._check_usage(prompt, usage)
 
     async def health(self) -> bool:
         """Whether the engine answers its health check now; says nothing of the self-test."""
@@ -279,6 +277,13 @@ class EngineClient:
             return EngineError("The engine stopped while it answered. Please try again.")
         self._lose()
         return EngineUnavailableError(f"The engine of model '{self.model}' is down. Please try again.")
+
+    def _check_usage(self, prompt: Prompt, usage: Usage | None) -> None:
+        num_tokens = len(prompt.token_ids) + sum(map(len, prompt.inputs))
+        if usage is None or usage.prompt_tokens != num_tokens:
+            # The self-test passed, and yet another prompt than ours was answered: stop using this engine.
+            self._tested = None
+            raise EngineError("The engine did not answer the prompt that it was given.")
 
     def _lose(self) -> None:
         self._num_cuts += 1

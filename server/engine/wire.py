@@ -36,8 +36,7 @@ def build_request(
     payload = request.payload
     body: dict[str, Any] = {"model": model}
     if isinstance(payload, Embedding):
-        # Ids where the renderer made them for the one text; several texts are encoded by the engine.
-        body["input"] = prompt.token_ids if prompt.token_ids and len(payload.inputs) == 1 else list(payload.inputs)
+        body["input"] = list(prompt.inputs) if prompt.inputs else [prompt.token_ids]
         body["encoding_format"] = "float"
         if payload.dimensions is not None:
             body["dimensions"] = payload.dimensions

@@ -55,9 +55,9 @@ async def running(
         server.close()
 
 
-async def ask(client: EngineClient, payload: Payload = CHAT, **fields: Any) -> list[Delta]:
+async def ask(client: EngineClient, payload: Payload = CHAT, prompt: Prompt = PROMPT, **fields: Any) -> list[Delta]:
     request = ModelRequest(WireFormat.CHAT, "m", payload, fields.pop("sampling", {}), stream=True)
-    stream = client.stream(PROMPT, request, max_tokens=50, cache_salt="s", request_id=RequestId("r"))
+    stream = client.stream(prompt, request, max_tokens=50, cache_salt="s", request_id=RequestId("r"))
     return [delta async for deltas in stream for delta in deltas]
 
 
@@ -95,9 +95,13 @@ async def test_tool_calls(tmp_path: Path) -> None:
 
 async def test_embeddings(tmp_path: Path) -> None:
     async with running(tmp_path, embeds=True) as (engine, client):
-        deltas = await ask(client, Embedding(("one", "two")))
+        prompt = Prompt("", [], PROMPT.template, inputs=([1, 2], [3]))
+        deltas = await ask(client, Embedding(("one", "two")), prompt)
         assert [d.index for d in deltas if d.embedding] == [0, 1]
         assert engine.last_path == "/v1/embeddings"
+        engine.script = Script(wrong_ids=True)
+        with pytest.raises(EngineError):
+            await ask(client, Embedding(("one", "two")), prompt)
 
 
 async def test_connections_are_used_again(tmp_path: Path) -> None:

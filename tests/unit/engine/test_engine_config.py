@@ -12,7 +12,7 @@ from server.engine.config import EngineConfig, build_engine_argv, engine_environ
 from server.engine.local import engine_paths, runtime_dir
 from server.errors import ConfigError
 
-CONFIG = EngineConfig("smollm2", Path("/models/m"), 4096)
+CONFIG = EngineConfig("smollm2", Path("/models/m"), 4096, manifest_sha256="ab" * 32)
 SOCKET = Path("/run/e.sock")
 
 
@@ -24,6 +24,7 @@ def test_argv_of_a_sealed_model() -> None:
     argv = build_engine_argv(CONFIG, SOCKET, python="py")
     assert argv[:6] == ["py", "-m", "server.engine.vllm.entry", "--network-isolation", "auto", "--"]
     assert value_of(argv, "--load-format") == "strongroom"
+    assert value_of(argv, "--model-loader-extra-config") == '{"manifest_sha256":"%s"}' % ("ab" * 32)
     assert value_of(argv, "--uds") == "/run/e.sock"
     assert value_of(argv, "--generation-config") == "vllm"
     assert "--host" not in argv

@@ -88,10 +88,13 @@ def test_fields_beyond_the_list_are_refused(field: str) -> None:
     assert caught.value.param == field
 
 
-def test_embeddings_by_ids_or_by_texts() -> None:
-    assert built(Embedding(("one",)))[1]["input"] == [5, 6, 7]
-    assert built(Embedding(("one", "two")))[1]["input"] == ["one", "two"]
-    assert built(Embedding(("one", "two"), dimensions=8))[1]["dimensions"] == 8
+def test_embeddings_carry_ids() -> None:
+    assert built(Embedding(("one",)))[1]["input"] == [[5, 6, 7]]
+    several = Prompt("", [], PROMPT.template, inputs=([1, 2], [3]))
+    payload = Embedding(("one", "two"), dimensions=8)
+    path, body = build_request(several, request(payload), model="m", max_tokens=0, cache_salt="s")
+    assert path == "/v1/embeddings"
+    assert orjson.loads(body) == {"model": "m", "input": [[1, 2], [3]], "encoding_format": "float", "dimensions": 8}
 
 
 EVENTS = (
