@@ -11,9 +11,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-
 from server.audit.client import SyncAuditClient
 from server.audit.entry import new_entry
 from server.auth.key_admin import KeyAdmin, KeySpec, describe_key
@@ -218,20 +215,15 @@ def _print_rows(args: argparse.Namespace, rows: list[KeyRow], now_s: float) -> N
     if args.json:
         print(json.dumps(described))
         return
-    table = Table("id", "state", "subject", "tenant", "groups", "scopes", "expires", "last used", "note")
+    lines = [("ID", "STATE", "TENANT/SUBJECT", "EXPIRES", "LAST USED", "GROUPS", "SCOPES", "NOTE")]
     for key in described:
-        table.add_row(
-            key["id"],
-            key["state"],
-            key["subject"],
-            key["tenant"],
-            " ".join(key["groups"]),
-            " ".join(key["scopes"]),
-            _day(key["expires_at_s"]),
-            _day(key["last_used_at_s"]),
-            key["note"],
-        )
-    Console().print(table)
+        whose = f"{key['tenant']}/{key['subject']}"
+        times = _day(key["expires_at_s"]), _day(key["last_used_at_s"])
+        lists = ",".join(key["groups"]), ",".join(key["scopes"])
+        lines.append((key["id"], key["state"], whose, *times, *lists, key["note"]))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 def _day(at_s: float | None) -> str:
