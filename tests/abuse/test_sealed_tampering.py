@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from server.errors import KMSDeniedError, SealError
+from server.errors import KMSDeniedError, SealError, StartError
 from server.sealed.format import HEADER_BYTES, TAG_BYTES, parse_header
 from server.sealed.shard import ShardReader
 from tests.unit.sealed.workshop import CHUNK_BYTES, Workshop, load, open_workshop
@@ -44,7 +44,7 @@ class Target:
             if not path.exists() or path.read_bytes() != content:
                 path.write_bytes(content)
 
-    def refused(self, *, naming: str | None = None) -> SealError | KMSDeniedError:
+    def refused(self, *, naming: str | None = None) -> StartError:
         with pytest.raises((SealError, KMSDeniedError)) as refused:
             load(self.path, self.workshop)
         self.restore()
