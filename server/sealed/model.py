@@ -177,8 +177,11 @@ def _open(
     for name in sorted(expected - names):
         raise SealError(f"{name}: missing", kind="header")
     # 7.
+    num_weights = sum(s.name != FILES_SHARD_NAME for s in manifest.shards)
+    places = [(Kind.WEIGHTS, shard, num_weights) for shard in range(num_weights)] + [(Kind.FILES, 0, 1)]
     shards = tuple(
-        _verify_placed(path, manifest, position, core, core_digest) for position in range(len(manifest.shards))
+        verify_shard(path, record, core, core_digest, place=place)
+        for record, place in zip(manifest.shards, places, strict=False)
     )
     model = SealedModel(
         path=path,
@@ -244,17 +247,6 @@ def signed_digests(core_bytes: bytes, manifest: Manifest, manifest_bytes: bytes)
     digests[CORE_NAME] = hashlib.sha256(core_bytes).hexdigest()
     digests[MANIFEST_NAME] = hashlib.sha256(manifest_bytes).hexdigest()
     return digests
-
-
-def _verify_placed(path: Path, manifest: Manifest, position: int, core: Core, core_digest: bytes) -> VerifiedShard:
-    record = manifest.shards[position]
-    shard = verify_shard(path, record, core, core_digest)
-    is_files = record.name == FILES_SHARD_NAME
-    num_weights = sum(s.name != FILES_SHARD_NAME for s in manifest.shards)
-    expected = (Kind.FILES, 0, 1) if is_files else (Kind.WEIGHTS, position, num_weights)
-    if (shard.header.kind, shard.header.shard, shard.header.num_shards) != expected:
-        raise SealError(f"{record.name}: header: it is another shard", kind="header")
-    return shard
 
 
 def _read_file(path: Path, limit_bytes: int) -> bytes:

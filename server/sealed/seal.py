@@ -31,7 +31,7 @@ from server.sealed.format import (
     parse_manifest,
     shard_name,
 )
-from server.sealed.kms.base import DataKey, KeyContext
+from server.sealed.kms.base import DATA_KEY_BYTES, DataKey, KeyContext
 from server.sealed.model import signed_digests
 from server.sealed.shard import write_shard
 from server.sealed.signature import sign_resources
@@ -59,6 +59,7 @@ def seal_model(
     lineage: Mapping[str, str] | None = None,
     licence: str = "",
     progress: Callable[[int], None] = lambda _: None,
+    entropy: Callable[[int], bytes] = secrets.token_bytes,
 ) -> Core:
     """Seal a model into the new folder `out_dir`; constant memory, and atomic: until the last step there is no folder.
 
@@ -75,6 +76,7 @@ def seal_model(
         lineage: Where the model came from, in the operator's words.
         licence: SPDX expression.
         progress: Called with the number of plaintext bytes sealed since the last call.
+        entropy: Source of random bytes; only vectors fix it.
 
     Raises:
         ConfigError: The source or an argument is not acceptable.
@@ -85,11 +87,11 @@ def seal_model(
     source = source if isinstance(source, Source) else load_source(source)
     dtype, quantization = describe(source)
     core_bytes = marshal_core(
-        Core(model_id, version, secrets.token_hex(16), suite, chunk_bytes, dtype=dtype, quantization=quantization)
+        Core(model_id, version, entropy(16).hex(), suite, chunk_bytes, dtype=dtype, quantization=quantization)
     )
     core = _checked_core(core_bytes)
     core_digest = hashlib.sha256(core_bytes).digest()
-    with _new_folder(out_dir) as folder, DataKey.new() as data_key:
+    with _new_folder(out_dir) as folder, DataKey(entropy(DATA_KEY_BYTES)) as data_key:
         # The key services first: a refusal comes before gigabytes are read.
         recipients = wrap_for_all(data_key, services, KeyContext.of(core))
         weights = list(source.shards)

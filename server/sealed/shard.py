@@ -162,8 +162,17 @@ class _TeeHasher:
             data = data[os.write(self._fd, data) :]
 
 
-def verify_shard(folder: Path, record: ShardRecord, core: Core, core_digest: bytes) -> VerifiedShard:
+def verify_shard(
+    folder: Path, record: ShardRecord, core: Core, core_digest: bytes, *, place: tuple[Kind, int, int]
+) -> VerifiedShard:
     """Hold a shard's size, header and tag table against the manifest; needs no key and reads no payload.
+
+    Args:
+        folder: The sealed model's folder.
+        record: What the manifest says of it.
+        core: The model's core.
+        core_digest: Of `core.json`.
+        place: Kind, number and number of shards that this file must be.
 
     Raises:
         SealError: Kind `header` or `signature`.
@@ -180,6 +189,8 @@ def verify_shard(folder: Path, record: ShardRecord, core: Core, core_digest: byt
             )
         if header.core_digest != core_digest or header.chunk_bytes != core.chunk_bytes:
             raise SealError(f"{record.name}: header: it belongs to another model, version or seal", kind="header")
+        if (header.kind, header.shard, header.num_shards) != place:
+            raise SealError(f"{record.name}: header: it is another shard", kind="header")
         tags = _pread_exactly(fd, TAG_BYTES * header.num_chunks, header.tags_offset, record.name)
     if hashlib.sha256(header_bytes + tags).hexdigest() != record.tags_sha256:
         raise SealError(

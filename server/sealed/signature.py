@@ -116,7 +116,8 @@ class LocalSigner:
 
     def sign(self, message: bytes) -> bytes:
         """Return the DER ECDSA signature over `message`."""
-        return self._private_key.sign(message, ec.ECDSA(hash_for(self.public_key)))
+        # RFC 6979: a nonce that repeats or leaks would give the key away; derived ones can't.
+        return self._private_key.sign(message, ec.ECDSA(hash_for(self.public_key), deterministic_signing=True))
 
 
 def create_signing_key(path: Path) -> TrustedSigner:

@@ -41,11 +41,6 @@ class DataKey:
         if len(self._value) != DATA_KEY_BYTES:
             raise KMSDeniedError(f"The key service returned {len(self._value)} bytes, expected {DATA_KEY_BYTES}.")
 
-    @classmethod
-    def new(cls) -> Self:
-        """Draw a fresh random key."""
-        return cls(secrets.token_bytes(DATA_KEY_BYTES))
-
     def reveal(self) -> bytearray:
         """Return the key itself, not a copy; the caller keeps it out of logs, errors and records."""
         return self._value

@@ -39,13 +39,20 @@ class LocalKMS:
     Args:
         path: The key file; mode 0600, owned by this user or root.
         passphrase: Asked for the passphrase when the file has one.
+        entropy: Source of nonces; only vectors fix it.
     """
 
     mechanism = MECHANISM
 
-    def __init__(self, path: Path, *, passphrase: Callable[[], str] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        passphrase: Callable[[], str] | None = None,
+        entropy: Callable[[int], bytes] = secrets.token_bytes,
+    ) -> None:
         self._path = path
-        self._passphrase = passphrase
+        self._entropy = entropy
         self._kek = _load_key(path, passphrase)
         self.key_id = (
             HKDF(algorithm=SHA256(), length=16, salt=None, info=b"strongroom/v1/kms-key-id")
@@ -60,7 +67,7 @@ class LocalKMS:
 
     def wrap(self, data_key: DataKey, context: KeyContext) -> Recipient:
         """Wrap with AES-256-GCM, the context as associated data."""
-        nonce = secrets.token_bytes(_NONCE_BYTES)
+        nonce = self._entropy(_NONCE_BYTES)
         sealed = AESGCM(bytes(self._kek)).encrypt(nonce, bytes(data_key.reveal()), context.canonical())
         return Recipient(MECHANISM, self.key_id, nonce + sealed)
 
