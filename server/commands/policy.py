@@ -111,11 +111,12 @@ def _why(args: argparse.Namespace, policies: PolicySet) -> int:
         {"policy": rule_id, "file": policies.rules[rule_id].file, "description": policies.rules[rule_id].description}
         for rule_id in decision.policies
     ]
+    demands = _demands(decision.obligations) if decision.allowed else {}
     answer = {
         "allowed": decision.allowed,
         "reason": decision.reason,
         "policies": deciding,
-        "demands": _demands(decision.obligations) if decision.allowed else {},
+        "demands": demands,
         "digest": decision.policy_digest,
     }
     if args.json:
@@ -124,7 +125,7 @@ def _why(args: argparse.Namespace, policies: PolicySet) -> int:
     print(f"{'allowed' if decision.allowed else 'refused'}: {decision.reason}")
     for one in deciding:
         print(f"  {one['policy']} ({one['file']}): {one['description']}")
-    for name, value in dict(answer["demands"]).items():
+    for name, value in demands.items():
         print(f"  demands {name} = {value}")
     return 0
 
