@@ -106,6 +106,7 @@ def isolate_network(mode: str) -> NetworkReport:
     if mode == "off":
         return NetworkReport("none", "switched off")
     try:
+        _try_in_a_child()
         achieved = _unshare_network()
         _raise_loopback()
     except OSError as err:
@@ -119,6 +120,26 @@ def isolate_network(mode: str) -> NetworkReport:
     return NetworkReport(achieved)
 
 
+def _try_in_a_child() -> None:
+    """Go through it in a process of no consequence first.
+
+    Some kernels permit the first step and refuse the next one; a process left without loopback or ids could not serve.
+    """
+    child = os.fork()
+    if child == 0:
+        number = 0
+        try:
+            _unshare_network()
+            _raise_loopback()
+        except OSError as err:
+            number = err.errno or errno.EPERM
+        finally:
+            os._exit(number)
+    _, status = os.waitpid(child, 0)
+    if number := os.waitstatus_to_exitcode(status):
+        raise OSError(abs(number), os.strerror(abs(number)))
+
+
 def _unshare_network() -> str:
     uid, gid = os.getuid(), os.getgid()
     try:
@@ -126,9 +147,9 @@ def _unshare_network() -> str:
     except PermissionError:
         _unshare(_CLONE_NEWUSER | _CLONE_NEWNET)
         # The same ids inside as outside: files stay ours. Without `deny` an unprivileged process may not map a group.
-        Path("/proc/self/setgroups").write_text("deny", encoding="ascii")
-        Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1", encoding="ascii")
-        Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1", encoding="ascii")
+        Path("/proc/self/setgroups").write_text("deny", encoding="utf-8")
+        Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1", encoding="utf-8")
+        Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1", encoding="utf-8")
         return "user-namespace"
     return "namespace"
 

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from server.engine.config import EXIT_REFUSED, refuse_weakening
-from server.engine.isolation import forbid_dumps, harden_spawned_process, isolate_network
+from server.engine.isolation import die_with_parent, forbid_dumps, harden_spawned_process, isolate_network
 from server.errors import ConfigError, StrongroomError
 
 STATUS_FILE = "isolation.json"
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     Returns:
         The exit code; `EXIT_REFUSED` where the configuration is at fault.
     """
-    forbid_dumps()
+    parent_pid = os.getppid()
     os.umask(0o077)
     try:
         mode, args = _split(argv)
@@ -36,6 +36,9 @@ def main(argv: list[str]) -> int:
         run_dir = _private_dir()
         socket_path = Path(args[args.index("--uds") + 1])
         report = isolate_network(mode)
+        # After the namespace: the kernel lets only a dumpable process map its ids, and new credentials may cut the tie.
+        forbid_dumps()
+        die_with_parent(parent_pid)
     except (StrongroomError, ValueError, IndexError) as err:
         sys.stderr.write(f"engine refused to start: {err}\n")
         return EXIT_REFUSED
