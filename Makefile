@@ -16,6 +16,7 @@ FIND_PYTHON = for python in $(or $(PYTHON),python3.11 python3.12 python3.13 pyth
 	echo "strongroom: $(if $(PYTHON),PYTHON=$(PYTHON) is not,found no) Python 3.11 to 3.14. Install one, or name it: make serve PYTHON=/path/to/python3.12" >&2; \
 	exit 1; fi
 
+.NOTPARALLEL:
 .PHONY: help serve setup test test-slow test-gpu test-clients fmt lint type vectors fuzz bench image lock check clean setup-test
 
 help: ## list the targets
