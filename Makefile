@@ -3,8 +3,10 @@ PORT ?= 8000
 STATE ?= ./.strongroom
 ENGINE ?= auto
 PYTHON ?=
+TARGET ?= cpu
+SECONDS ?= 60
+DOCKER ?= docker
 BIN := .venv/bin
-CHECKED := server scripts tests
 
 # Sets $$python to the first Python that will do, or stops with what to do.
 FIND_PYTHON = for python in $(or $(PYTHON),python3.11 python3.12 python3.13 python3.14 python3) ""; do \
@@ -14,6 +16,7 @@ FIND_PYTHON = for python in $(or $(PYTHON),python3.11 python3.12 python3.13 pyth
 	echo "strongroom: $(if $(PYTHON),PYTHON=$(PYTHON) is not,found no) Python 3.11 to 3.14. Install one, or name it: make serve PYTHON=/path/to/python3.12" >&2; \
 	exit 1; fi
 
+.NOTPARALLEL:
 .PHONY: help serve setup test test-slow test-gpu test-clients fmt lint type vectors fuzz bench image lock check clean setup-test
 
 help: ## list the targets
@@ -41,8 +44,8 @@ test-clients: setup-test ## agents and assistants driven for real against the re
 	$(BIN)/python -m pytest -m clients --timeout 1800
 
 fmt: ## format
-	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
 
 lint: ## format check, lint and import contracts
 	$(BIN)/ruff format --check .
@@ -51,6 +54,22 @@ lint: ## format check, lint and import contracts
 
 type: ## mypy, strict
 	$(BIN)/mypy
+
+vectors: setup-test ## make the known answers again; any difference fails
+	for script in tests/vectors/*/generate.py; do $(BIN)/python "$$script" || exit 1; done
+	git diff --exit-code -- tests/vectors
+
+fuzz: setup-test ## the property tests with new seeds until SECONDS=60 are over
+	@end=$$(($$(date +%s) + $(SECONDS))); while [ "$$(date +%s)" -lt "$$end" ]; do \
+	$(BIN)/python -m pytest tests/property -q -x --hypothesis-seed="$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ')" || exit 1; done
+
+bench: setup-test ## measure, and add to benchmarks/results
+	$(BIN)/strongroom bench
+
+image: setup-test ## build the container image: make image TARGET=cpu|gpu (docs/dependencies.md: torch for the CPU)
+	mkdir -p build
+	$(BIN)/cyclonedx-py requirements locks/serve-$(TARGET).txt --of JSON -o build/sbom-$(TARGET).json
+	$(DOCKER) build --target $(TARGET) --tag strongroom:$(TARGET) $(if $(PIP_EXTRA_INDEX_URL),--build-arg PIP_EXTRA_INDEX_URL) .
 
 lock: ## write locks/ anew from pyproject.toml (UPGRADE=1: with newer transitive versions)
 	$(BIN)/python scripts/lock.py $(if $(UPGRADE),--upgrade)

@@ -469,6 +469,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_platform(platform.system(), platform.machine(), sys.version_info[:3])
         if args.verb == "serve":
             check_port(args.port)
+            check_port(args.port + 1)  # the admin listener's
             check_disk(args.state.absolute(), RUN_BYTES)
         engine = detect_engine() if args.engine == "auto" else args.engine
         if args.verb == "test":
