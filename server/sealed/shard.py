@@ -7,7 +7,7 @@ import os
 import threading
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import FileIO
 from typing import TYPE_CHECKING, Protocol, Self
 
@@ -200,6 +200,29 @@ def verify_shard(
     return VerifiedShard(record, header, tags)
 
 
+@dataclass(frozen=True, slots=True)
+class SealedPieces:
+    """Whole chunks that cover a range of one tensor, sealed still, for a device that opens them itself.
+
+    Attributes:
+        num_bytes: Of ciphertext, and so of plaintext.
+        chunk_bytes: Every piece but the last has as many.
+        first_chunk: Number of the first one in the shard, for errors.
+        file_offset: Where the ciphertext begins in the file.
+        key: The shard's key.
+        nonces: One a piece; so are `aads` and `tags`. The tags are those that the signature covers.
+    """
+
+    num_bytes: int
+    chunk_bytes: int
+    first_chunk: int
+    file_offset: int
+    key: bytes = field(repr=False)
+    nonces: tuple[bytes, ...]
+    aads: tuple[bytes, ...]
+    tags: tuple[bytes, ...]
+
+
 class ShardReader:
     """An open shard: its index in the clear, its tensors on demand. Thread-safe.
 
@@ -297,6 +320,57 @@ class ShardReader:
         except BaseException:
             destination[:] = bytes(len(destination))
             raise
+
+    @property
+    def is_device_openable(self) -> bool:
+        """Whether the shard's suite is the one that a device can open."""
+        return self._cipher.device_key is not None
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Plaintext bytes of every chunk of a tensor but its last."""
+        return self._header.chunk_bytes
+
+    def tensor_bytes(self, name: str) -> int:
+        """Plaintext bytes of a tensor."""
+        return self._starts[name][0].num_bytes
+
+    def pieces(self, name: str, first: int, last: int) -> SealedPieces:
+        """Return pieces `first` to `last` (exclusive) of a tensor, to be opened elsewhere.
+
+        Raises:
+            ValueError: The suite is not one that a device opens, or the tensor has no such pieces.
+        """
+        entry, first_chunk, file_offset = self._starts[name]
+        size = self._header.chunk_bytes
+        if self._cipher.device_key is None or not 0 <= first < last <= num_pieces(entry.num_bytes, size):
+            raise ValueError(f"{self._name}: no pieces {first} to {last} for a device in this tensor")
+        chunks = range(first_chunk + first, first_chunk + last)
+        sealed_with = [self._cipher.nonce_and_aad(chunk) for chunk in chunks]
+        return SealedPieces(
+            num_bytes=min(last * size, entry.num_bytes) - first * size,
+            chunk_bytes=size,
+            first_chunk=chunks.start,
+            file_offset=file_offset + first * size,
+            key=self._cipher.device_key,
+            nonces=tuple(nonce for nonce, _ in sealed_with),
+            aads=tuple(aad for _, aad in sealed_with),
+            tags=tuple(bytes(self._tags[TAG_BYTES * chunk : TAG_BYTES * (chunk + 1)]) for chunk in chunks),
+        )
+
+    def read_sealed(self, pieces: SealedPieces, buffer: memoryview) -> None:
+        """Read the ciphertext of `pieces` into `buffer`, which has exactly as many bytes."""
+        while buffer:
+            count = os.preadv(self._file.fileno(), [buffer], pieces.file_offset + pieces.num_bytes - len(buffer))
+            if count == 0:
+                raise SealError(f"{self._name}: ends inside chunk {pieces.first_chunk} or later", kind="payload")
+            buffer = buffer[count:]
+
+    def refuse_chunk(self, chunk: int) -> SealError:
+        """Return the error of a chunk that did not authenticate, wherever it was opened."""
+        return SealError(
+            f"{self._name}: chunk {chunk} of {self._header.num_chunks}: authentication failed", kind="payload"
+        )
 
     def _open_chunk(self, chunk: int, file_offset: int, destination: memoryview) -> None:
         scratch = self._scratch(len(destination) + TAG_BYTES)

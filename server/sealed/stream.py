@@ -38,18 +38,21 @@ class ShardCipher:
     def __init__(self, suite: Suite, data_key: Bytes, header: ShardHeader, name: str) -> None:
         key = derive_shard_key(data_key, core_digest=header.core_digest, kind=header.kind, shard=header.shard)
         self._aead: AESGCM | ChaCha20Poly1305 = AESGCM(key) if suite is Suite.AES_256_GCM else ChaCha20Poly1305(key)
+        # A device opens the second suite only; for the first no second copy of the key is kept.
+        self.device_key = key if suite is Suite.CHACHA20_POLY1305 else None
         self._header = marshal_header(header)
         self._num_chunks = header.num_chunks
         self._name = name
 
-    def _nonce_and_aad(self, chunk: int) -> tuple[bytes, bytes]:
+    def nonce_and_aad(self, chunk: int) -> tuple[bytes, bytes]:
+        """Return what chunk number `chunk` is sealed with besides the key."""
         # The nonce is a counter: the key is fresh for every shard of every seal and used for one pass.
         final = bytes([chunk == self._num_chunks - 1])
         return chunk.to_bytes(11, "big") + final, self._header + chunk.to_bytes(8, "little") + final
 
     def seal_into(self, chunk: int, plaintext: Bytes, ciphertext_and_tag: Bytes) -> None:
         """Seal chunk number `chunk`; the output is 16 bytes longer than `plaintext`."""
-        nonce, aad = self._nonce_and_aad(chunk)
+        nonce, aad = self.nonce_and_aad(chunk)
         self._aead.encrypt_into(nonce, plaintext, aad, ciphertext_and_tag)
 
     def open_into(self, chunk: int, ciphertext_and_tag: Bytes, destination: memoryview) -> None:
@@ -58,7 +61,7 @@ class ShardCipher:
         Raises:
             SealError: The tag is wrong; `destination` has been zeroed. Kind `payload`.
         """
-        nonce, aad = self._nonce_and_aad(chunk)
+        nonce, aad = self.nonce_and_aad(chunk)
         try:
             self._aead.decrypt_into(nonce, ciphertext_and_tag, aad, destination)
         except InvalidTag as err:

@@ -12,6 +12,7 @@ from typing_extensions import override
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from server.engine.vllm.device_open import DeviceOpener
     from server.sealed.shard import ShardReader
 
 DTYPES: Final[dict[str, torch.dtype]] = {
@@ -39,8 +40,8 @@ class SealedTensor(torch.Tensor):
     """Shape and dtype of a tensor of a shard, or of a contiguous part of one; no storage.
 
     `parameter.copy_(sealed)` decrypts straight into the parameter where shape and dtype are equal and it is
-    contiguous on the CPU; views that stay contiguous stay sealed. Any other operation works on a
-    tensor decrypted for it alone.
+    contiguous, on the CPU or on a device that `opener` serves; views that stay contiguous stay sealed. Any other
+    operation works on a tensor decrypted for it alone.
 
     Args:
         reader: The shard; must stay open as long as this tensor may be used.
@@ -48,9 +49,11 @@ class SealedTensor(torch.Tensor):
         offset: Byte at which this part begins.
         shape: Of this part.
         dtype: Of the tensor.
+        opener: Opens on the device; None where only the CPU does.
     """
 
     _reader: ShardReader
+    _opener: DeviceOpener | None
     _name: str
     _offset: int
 
@@ -58,26 +61,41 @@ class SealedTensor(torch.Tensor):
 
     @staticmethod
     def __new__(
-        cls: type[Self], reader: ShardReader, name: str, offset: int, shape: tuple[int, ...], dtype: torch.dtype
+        cls: type[Self],
+        reader: ShardReader,
+        name: str,
+        offset: int,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        opener: DeviceOpener | None = None,
     ) -> Self:
         """Make the wrapper; torch asks for `__new__`."""
         tensor: Self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device="cpu")
-        tensor._reader, tensor._name, tensor._offset = reader, name, offset
+        tensor._reader, tensor._name, tensor._offset, tensor._opener = reader, name, offset, opener
         return tensor
 
     def part(self, offset_elements: int, shape: tuple[int, ...]) -> SealedTensor:
         """Return a contiguous part that begins `offset_elements` further on."""
         offset = self._offset + offset_elements * self.dtype.itemsize
-        return SealedTensor(self._reader, self._name, offset, shape, self.dtype)
+        return SealedTensor(self._reader, self._name, offset, shape, self.dtype, self._opener)
+
+    def is_opened_on(self, device: torch.device) -> bool:
+        """Whether ciphertext is what goes to `device`, to be opened there."""
+        return self._opener is not None and self._opener.serves(self._reader, device)
 
     def decrypt_into(self, destination: torch.Tensor) -> None:
-        """Fill a contiguous CPU tensor of the same shape and dtype."""
-        if destination.numel():
+        """Fill a contiguous tensor of the same shape and dtype, on the CPU or on a device that the opener serves."""
+        if not destination.numel():
+            return
+        if self._opener is not None and self._opener.serves(self._reader, destination.device):
+            flat = destination.detach().reshape(-1).view(torch.uint8)
+            self._opener.open_into(self._reader, self._name, self._offset, flat)
+        else:
             self._reader.read_into(self._name, as_memory(destination), self._offset)
 
-    def decrypt(self) -> torch.Tensor:
-        """Return an ordinary tensor of its own memory; its lifetime is the caller's affair."""
-        plain = torch.empty(self.shape, dtype=self.dtype, device="cpu")
+    def decrypt(self, device: torch.device | None = None) -> torch.Tensor:
+        """Return an ordinary tensor of its own memory, on the CPU unless told; its lifetime is the caller's affair."""
+        plain = torch.empty(self.shape, dtype=self.dtype, device=device or "cpu")
         self.decrypt_into(plain)
         return plain
 
@@ -108,15 +126,17 @@ def as_memory(tensor: torch.Tensor) -> memoryview:
 def _copy(destination: torch.Tensor, source: Any, non_blocking: bool = False) -> Any:
     if isinstance(destination, SealedTensor) or not isinstance(source, SealedTensor):
         return NotImplemented
+    is_direct = destination.device.type == "cpu" or source.is_opened_on(destination.device)
     if (
-        destination.shape == source.shape
+        is_direct
+        and destination.shape == source.shape
         and destination.dtype == source.dtype
-        and destination.device.type == "cpu"
         and destination.is_contiguous()
     ):
         source.decrypt_into(destination)
         return destination
-    plain = source.decrypt()
+    # Where a device opens, even the staging tensor is the device's: host memory never holds the plaintext.
+    plain = source.decrypt(destination.device if is_direct else None)
     try:
         # Never asynchronous: the staging tensor is wiped right after.
         return destination.copy_(plain)

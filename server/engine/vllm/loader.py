@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
 
+from server.engine.vllm.device_open import Mode, new_opener
 from server.engine.vllm.lazy import DTYPES, SealedTensor
 from server.errors import KMSDeniedError, SealError, StartError
 from server.sealed.agent import ERROR_PREFIX, KEY_FD_ENV, KEY_REQUEST, LOADED_REPORT, MAX_PACKET_BYTES
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("strongroom.loader")
 
 _KEY_TIMEOUT_S: Final = 120.0
-_OWN_KEYS: Final = frozenset({"manifest_sha256", "threads", "lazy"})
+_OWN_KEYS: Final = frozenset({"manifest_sha256", "threads", "lazy", "device_open"})
 _MAX_DEFAULT_THREADS: Final = 8
 
 
@@ -40,7 +41,7 @@ class StrongroomLoader(DefaultModelLoader):
 
     Keys of its own in `model_loader_extra_config`: `manifest_sha256` (required; the manifest that the key agent
     verified), `threads` (decryption threads), `lazy` (true; false hands out ordinary tensors, for a model whose loading
-    code can't take sealed ones).
+    code can't take sealed ones), `device_open` (`auto`; see `device_open.Mode`).
     """
 
     def __init__(self, load_config: Any) -> None:
@@ -51,6 +52,7 @@ class StrongroomLoader(DefaultModelLoader):
             raise StartError("The load format 'strongroom' needs manifest_sha256 in model_loader_extra_config.")
         self._threads = int(own.get("threads") or min(_MAX_DEFAULT_THREADS, os.cpu_count() or 1))
         self._lazy = bool(own.get("lazy", True))
+        self._opener = new_opener(str(own.get("device_open") or Mode.AUTO))
         self._readers: list[ShardReader] = []
         self._pool: ThreadPoolExecutor | None = None
         # The base class refuses keys that it doesn't know, so it gets a config without ours.
@@ -96,7 +98,7 @@ class StrongroomLoader(DefaultModelLoader):
             for entry in reader.index.entries:
                 if should_skip_weight(entry.name, self.local_expert_ids):
                     continue
-                tensor = SealedTensor(reader, entry.name, 0, entry.shape, DTYPES[entry.dtype])
+                tensor = SealedTensor(reader, entry.name, 0, entry.shape, DTYPES[entry.dtype], self._opener)
                 yield entry.name, tensor if self._lazy else tensor.decrypt()
 
     def _open(self, folder: Path) -> None:

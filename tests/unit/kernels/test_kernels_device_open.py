@@ -1,0 +1,185 @@
+"""A model under the second suite loads the same bytes as under the first, with the kernels and without."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from server.engine.vllm.device_open import DeviceOpener, Mode, new_opener
+from server.engine.vllm.lazy import DTYPES, SealedTensor
+from server.errors import SealError, StartError
+from server.sealed.agent import KeyAgent
+from server.sealed.format import Suite
+from server.sealed.shard import ShardReader
+from serving_kernels import chacha20_poly1305 as kernels
+from tests.unit.sealed.workshop import CHUNK_BYTES, Workshop, open_workshop
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def workshop(tmp_path: Path) -> Workshop:
+    return open_workshop(tmp_path)
+
+
+@contextmanager
+def readers(workshop: Workshop, path: Path) -> Iterator[list[ShardReader]]:
+    agent = KeyAgent(services=[workshop.kms], trusted_signers=workshop.trusted, record=lambda _tag, **_fields: None)
+    release = agent.release(path)
+    with release.data_key as data_key:
+        opened = [ShardReader(path, shard, release.model.core, data_key.reveal()) for shard in release.model.weights]
+    try:
+        yield opened
+    finally:
+        for reader in opened:
+            reader.close()
+
+
+def load(workshop: Workshop, suite: Suite, mode: Mode) -> dict[str, bytes]:
+    """Load as the engine's loader does: every parameter is filled by `copy_` from a sealed tensor."""
+    path = workshop.seal(f"{suite}-{mode}", suite=suite)
+    loaded = {}
+    with readers(workshop, path) as opened:
+        for reader in opened:
+            for entry in reader.index.entries:
+                sealed = SealedTensor(reader, entry.name, 0, entry.shape, DTYPES[entry.dtype], new_opener(mode))
+                parameter = torch.nn.Parameter(torch.zeros(entry.shape, dtype=sealed.dtype), requires_grad=False)
+                parameter.data.copy_(sealed)
+                loaded[entry.name] = parameter.data.reshape(-1).view(torch.uint8).numpy().tobytes()
+    return loaded
+
+
+def test_both_suites_with_and_without_the_kernel_load_the_same_bytes(workshop, monkeypatch):
+    opened = []
+    plain_open = kernels.open_into
+
+    def count(*args, **kwargs):
+        opened.append(kwargs["out"].numel())
+        plain_open(*args, **kwargs)
+
+    monkeypatch.setattr(kernels, "open_into", count)
+    first = load(workshop, Suite.AES_256_GCM, Mode.OFF)
+    assert load(workshop, Suite.CHACHA20_POLY1305, Mode.OFF) == first
+    assert load(workshop, Suite.AES_256_GCM, Mode.INTERPRET) == first
+    assert not opened
+    assert load(workshop, Suite.CHACHA20_POLY1305, Mode.INTERPRET) == first
+    assert sum(opened) == sum(map(len, first.values())) > 0
+
+
+@pytest.fixture
+def sealed(workshop: Workshop) -> Iterator[SealedTensor]:
+    """A tensor of two whole chunks and a part, two chunks a batch."""
+    path = workshop.seal(suite=Suite.CHACHA20_POLY1305)
+    with readers(workshop, path) as opened:
+        opener = DeviceOpener(kernels, "cpu", batch_bytes=2 * CHUNK_BYTES)
+        yield SealedTensor(opened[0], "embed", 0, (300, 256), torch.bfloat16, opener)
+
+
+@pytest.fixture
+def plain(sealed: SealedTensor) -> torch.Tensor:
+    return SealedTensor(sealed._reader, "embed", 0, (300, 256), torch.bfloat16).decrypt()
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.int16)
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda t: t,
+        lambda t: t.narrow(0, 128, 172),
+        lambda t: t.narrow(0, 3, 200),
+        lambda t: t[127],
+        lambda t: t[:, 3:9],
+        lambda t: t.t(),
+    ],
+    ids=["whole", "from a chunk's start", "inside chunks", "one row", "columns", "transposed"],
+)
+def test_any_part_opens_as_on_the_cpu(sealed, plain, operation):
+    target = torch.zeros_like(operation(plain))
+    target.copy_(operation(sealed))
+    assert torch.equal(bits(target), bits(operation(plain)))
+
+
+def test_a_misaligned_destination_is_filled_all_the_same(sealed, plain):
+    memory = torch.zeros(300 * 256 + 1, dtype=torch.bfloat16)
+    memory[1:].view(300, 256).copy_(sealed)
+    assert torch.equal(bits(memory[1:].view(300, 256)), bits(plain))
+    assert memory[0] == 0
+
+
+def test_another_dtype_is_converted_from_a_staging_tensor_of_the_device(sealed, plain, monkeypatch):
+    asked = []
+    decrypt = SealedTensor.decrypt
+
+    def keep_device(self, device=None):
+        asked.append(device)
+        return decrypt(self, device)
+
+    monkeypatch.setattr(SealedTensor, "decrypt", keep_device)
+    single = torch.zeros(300, 256)
+    single.copy_(sealed)
+    assert torch.equal(single.nan_to_num(), plain.float().nan_to_num())
+    assert asked == [CPU]
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_a_forged_chunk_is_refused_by_number_and_leaves_nothing(workshop, chunk):
+    path = workshop.seal(suite=Suite.CHACHA20_POLY1305)
+    file = next(path.glob("model-00001-*.sealed"))
+    with readers(workshop, path) as opened:
+        pieces = opened[0].pieces("embed", chunk - 1, chunk)
+        data = bytearray(file.read_bytes())
+        data[pieces.file_offset + 100] ^= 1
+        file.write_bytes(data)
+        opener = DeviceOpener(kernels, "cpu", batch_bytes=2 * CHUNK_BYTES)
+        target = torch.ones(300, 256, dtype=torch.bfloat16)
+        with pytest.raises(SealError) as caught:
+            target.copy_(SealedTensor(opened[0], "embed", 0, (300, 256), torch.bfloat16, opener))
+    assert caught.value.kind == "payload"
+    assert f"chunk {chunk} of " in caught.value.detail
+    assert not target.any()
+
+
+def test_a_cut_file_is_refused(workshop):
+    path = workshop.seal(suite=Suite.CHACHA20_POLY1305)
+    file = next(path.glob("model-00001-*.sealed"))
+    with readers(workshop, path) as opened:
+        file.write_bytes(file.read_bytes()[:70_000])
+        opener = DeviceOpener(kernels, "cpu")
+        target = torch.ones(300, 256, dtype=torch.bfloat16)
+        with pytest.raises(SealError, match="refused") as caught:
+            target.copy_(SealedTensor(opened[0], "embed", 0, (300, 256), torch.bfloat16, opener))
+    assert "ends inside chunk 1" in caught.value.detail
+    assert not target.any()
+
+
+def test_the_first_suite_stays_with_the_cpu(workshop):
+    with readers(workshop, workshop.seal()) as opened:
+        assert not DeviceOpener(kernels, "cpu").serves(opened[0], CPU)
+        with pytest.raises(ValueError, match="for a device"):
+            opened[0].pieces("embed", 0, 1)
+
+
+def test_the_key_is_in_no_repr(sealed):
+    pieces = sealed._reader.pieces("embed", 0, 1)
+    assert pieces.key.hex() not in repr(pieces)
+    assert repr(pieces.key) not in repr(pieces)
+
+
+def test_without_a_device_auto_and_off_leave_it_to_the_cpu():
+    assert new_opener("auto") is None or torch.cuda.is_available()
+    assert new_opener("off") is None
+
+
+def test_an_unknown_mode_stops_the_start():
+    with pytest.raises(StartError, match="auto, interpret, off"):
+        new_opener("gpu")
