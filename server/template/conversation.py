@@ -58,6 +58,7 @@ def assemble(chat: Chat, block: str, *, splits_reasoning: bool) -> list[dict[str
     """
     preferences: list[str] = []
     turns: list[dict[str, Any]] = []
+    last_user = max((n for n, m in enumerate(chat.messages) if m.get("role") == "user"), default=-1)
     for number, message in enumerate(chat.messages):
         role = message.get("role")
         if role not in ROLES:
@@ -71,7 +72,8 @@ def assemble(chat: Chat, block: str, *, splits_reasoning: bool) -> list[dict[str
             if content.strip():
                 preferences.append(content.strip())
             continue
-        turns.append(_turn(role, content, message, splits_reasoning=splits_reasoning))
+        # After the last question the template would write thinking tokens for it: there the client's spelling is text.
+        turns.append(_turn(role, content, message, splits_reasoning=splits_reasoning and number < last_user))
     if not turns:
         raise RequestError("There is no user message to answer. Add one.", param="messages")
     system = block

@@ -157,9 +157,9 @@ class ChatRenderer:
             ConfigError: They don't.
         """
         user, other, answer = (
-            {"role": r, "content": f"Probe {r} {n}"} for r, n in (("user", 1), ("user", 2), ("assistant", 3))
+            {"role": r, "content": f"probe {r} {n}"} for r, n in (("user", 1), ("user", 2), ("assistant", 3))
         )
-        for turns in ([user], [user, answer, other]):
+        for turns in ([user, answer, other], [user]):
             try:
                 text = self._template.render([{"role": "system", "content": _PROBE}, *turns], None)
             except RequestError as err:
@@ -167,7 +167,7 @@ class ChatRenderer:
                     f"The model's chat template takes no system turn ({err}), so the security policy can't be "
                     "enforced. Give the model a chat template that puts a system turn first."
                 ) from err
-            at, client = text.find(_PROBE), text.find("Probe ")
+            at, client = text.find(_PROBE), text.find("probe ")
             if text.count(_PROBE) != 1 or client < at:
                 raise ConfigError(
                     "The model's chat template does not put the system turn first, so the security policy would come "

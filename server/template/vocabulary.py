@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -82,7 +83,7 @@ class Vocabulary:
         self._heads = frozenset(c[:n] for c in self.controls for n in range(1, len(c)))
         self._tails = frozenset(c[n:] for c in self.controls for n in range(1, len(c)))
         self._longest = max(map(len, self.controls), default=0)
-        plain = {**data, "added_tokens": [e for e in data["added_tokens"] if e["content"] in text_tokens]}
+        plain = _without_controls(data, text_tokens)
         self._plain = _new_tokenizer(plain)
         self._joint = _new_tokenizer(_without_prefix(plain))
         self._full_json = data
@@ -178,6 +179,11 @@ class Vocabulary:
         """Return the ids of a text that is a whole input (embeddings, raw prompts), with the tokenizer's own frame."""
         return [*self.lead_ids, *self.encode(text, first=True, space=space), *self.trail_ids]
 
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of ids that `encode` gave."""
+        text: str = self._plain.decode(ids, skip_special_tokens=False)
+        return text
+
     def _encode_apart(self, text: str, tokenizer: Tokenizer) -> list[int]:
         """Encode where the vocabulary itself holds control tokens as plain pieces (Unigram, `ignore_merges`)."""
         cuts = [m.start() + 1 for m in self._break.finditer(text)] if self._break else []
@@ -203,24 +209,30 @@ class SegmentCache:
         self._max_chars = max_chars
         self._num_chars = 0
         self._entries: OrderedDict[tuple[str, bool, str], list[int]] = OrderedDict()
+        # Long prompts are rendered off the event loop, so two threads may be here at once.
+        self._lock = threading.Lock()
 
     def get(self, key: tuple[str, bool, str]) -> list[int] | None:
         """Return the ids, or None; the caller must not change the list."""
-        ids = self._entries.get(key)
-        if ids is not None:
-            self._entries.move_to_end(key)
-        return ids
+        with self._lock:
+            ids = self._entries.get(key)
+            if ids is not None:
+                self._entries.move_to_end(key)
+            return ids
 
     def put(self, key: tuple[str, bool, str], ids: list[int]) -> None:
         """Keep `ids`, dropping the oldest where needed; a text of over a quarter of the cache is not kept."""
         if len(key[2]) > self._max_chars // 4:
             return
-        self._entries[key] = ids
-        # 64 characters stand for the entry's own weight, so that a flood of tiny texts is bounded too.
-        self._num_chars += len(key[2]) + 64
-        while self._num_chars > self._max_chars:
-            old, _ = self._entries.popitem(last=False)
-            self._num_chars -= len(old[2]) + 64
+        with self._lock:
+            if key in self._entries:
+                return
+            self._entries[key] = ids
+            # 64 characters stand for the entry's own weight, so that a flood of tiny texts is bounded too.
+            self._num_chars += len(key[2]) + 64
+            while self._num_chars > self._max_chars:
+                old, _ = self._entries.popitem(last=False)
+                self._num_chars -= len(old[2]) + 64
 
 
 def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
@@ -267,6 +279,28 @@ def _new_tokenizer(data: Mapping[str, Any]) -> Tokenizer:
         return Tokenizer.from_str(json.dumps(data))
     except Exception as err:
         raise ConfigError(f"tokenizer.json can't be loaded: {err}") from err
+
+
+def _without_controls(data: dict[str, Any], text_tokens: Collection[str]) -> dict[str, Any]:
+    """Return the tokenizer's file with only those added tokens that are text, under their own ids.
+
+    Raises:
+        ConfigError: They can't keep their ids.
+    """
+    kept = [entry for entry in data["added_tokens"] if entry["content"] in text_tokens]
+    model = dict(data["model"])
+    vocab = model.get("vocab")
+    if kept and isinstance(vocab, dict):
+        # The library numbers added tokens anew unless the vocabulary has them; without merges they are inert there.
+        model["vocab"] = {**vocab, **{entry["content"]: entry["id"] for entry in kept}}
+    plain = {**data, "model": model, "added_tokens": kept}
+    tokenizer = _new_tokenizer(plain)
+    for entry in kept:
+        if tokenizer.token_to_id(entry["content"]) != entry["id"]:
+            raise ConfigError(
+                "The tokenizer's added tokens change their ids without the control tokens; it can't be served."
+            )
+    return plain
 
 
 def _is_text(token: AddedToken, template_text: str) -> bool:
