@@ -6,6 +6,7 @@ import asyncio
 import socket
 import time
 from collections import deque
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from typing_extensions import override
@@ -35,13 +36,17 @@ def _failure(status: int) -> AuditUnavailableError:
 class _Link(asyncio.Protocol):
     """One connection to the writer: batches what one loop tick appends, matches answers to it in order."""
 
-    def __init__(self, on_lost: Callable[[_Link], None]) -> None:
+    def __init__(self, on_lost: Callable[[_Link], None], answer_s: float) -> None:
         self._on_lost = on_lost
+        self._answer_s = answer_s
         self._transport: asyncio.Transport | None = None
         self._loop = asyncio.get_running_loop()
         self._batch: list[bytes] = []
         self._batch_bytes = 0
         self._waiting: deque[asyncio.Future[int]] = deque()
+        self._num_sent = 0
+        self._num_answered = 0
+        self._watchdog: asyncio.TimerHandle | None = None
         self._partial = b""
 
     @override
@@ -60,7 +65,23 @@ class _Link(asyncio.Protocol):
         self._batch.append(entry)
         self._batch_bytes += size
         self._waiting.append(future)
+        self._num_sent += 1
+        if self._watchdog is None:
+            self._watch()
         return future
+
+    def _watch(self) -> None:
+        """Look again when what has been sent by now must have been answered; one timer for all of it."""
+        self._watchdog = self._loop.call_later(self._answer_s, self._check, self._num_sent)
+
+    def _check(self, num_sent: int) -> None:
+        late = num_sent - self._num_answered
+        for future in islice(self._waiting, max(0, late)):
+            if not future.done():
+                future.set_exception(_unavailable("it gave no answer in time"))
+        self._watchdog = None
+        if self._waiting:
+            self._watch()
 
     def _flush(self) -> None:
         if self._batch and self._transport is not None:
@@ -78,6 +99,7 @@ class _Link(asyncio.Protocol):
             at += ACK.size
             for index in range(first, first + count):
                 future = waiting.popleft()
+                self._num_answered += 1
                 if future.done():  # its caller was cancelled or gave up; the entry is in the log all the same
                     continue
                 if status == DURABLE:
@@ -90,6 +112,8 @@ class _Link(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
         self._batch.clear()
+        if self._watchdog is not None:
+            self._watchdog.cancel()
         for future in self._waiting:
             if not future.done():
                 future.set_exception(_unavailable("its writer went away"))
@@ -110,7 +134,7 @@ class AuditClient:
 
     Args:
         path: The writer's socket.
-        answer_s: After how long without an answer an append has failed.
+        answer_s: After how long without an answer an append has failed, at the latest after twice that.
     """
 
     def __init__(self, path: Path, *, answer_s: float = _ANSWER_S) -> None:
@@ -127,12 +151,7 @@ class AuditClient:
             EntryError: The entry can't be one; a bug of the caller.
         """
         data = encode_entry(entry)
-        future = (self._link or await self._connect()).send(data)
-        timer = future.get_loop().call_later(self._answer_s, _give_up, future)
-        try:
-            return await future
-        finally:
-            timer.cancel()
+        return await (self._link or await self._connect()).send(data)
 
     async def _connect(self) -> _Link:
         if self._connecting is None:
@@ -147,7 +166,7 @@ class AuditClient:
         try:
             async with asyncio.timeout(_CONNECT_S):
                 loop = asyncio.get_running_loop()
-                _, link = await loop.create_unix_connection(lambda: _Link(self._lost), self._path)
+                _, link = await loop.create_unix_connection(lambda: _Link(self._lost, self._answer_s), self._path)
             self._link = link
             return link
         finally:
@@ -171,11 +190,6 @@ class AuditClient:
             self._link.close()
             await asyncio.sleep(0)
             self._link = None
-
-
-def _give_up(future: asyncio.Future[int]) -> None:
-    if not future.done():
-        future.set_exception(_unavailable("it gave no answer in time"))
 
 
 class SyncAuditClient:

@@ -30,14 +30,14 @@ class JournalError(ValueError):
         message: What is wrong.
         index: The first entry at fault.
         offset: Where in the segment the commit begins.
-        at_end: Whether nothing that parses follows: a torn last write looks like this.
+        torn_bytes: Bytes from there to the last that is not zero, if a torn last write looks like this; else 0.
     """
 
-    def __init__(self, message: str, *, index: int, offset: int, at_end: bool = False) -> None:
+    def __init__(self, message: str, *, index: int, offset: int, torn_bytes: int = 0) -> None:
         super().__init__(message)
         self.index = index
         self.offset = offset
-        self.at_end = at_end
+        self.torn_bytes = torn_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,45 +89,104 @@ def read_segment_line(file: BinaryIO, origin: str, first: int) -> int:
     """Check the first line and return where the commits begin.
 
     Raises:
-        JournalError: Another origin, index or version; `at_end` if the file ends inside the line.
+        JournalError: Another origin, index or version; torn if the file ends inside the line.
     """
     expected = segment_line(origin, first)
     line = file.readline(_MAX_LINE_BYTES)
     if line != expected:
-        torn = expected.startswith(line) and not file.read(1)
-        raise JournalError("The segment's first line is not that of this log.", index=first, offset=0, at_end=torn)
+        is_torn = expected.startswith(line.rstrip(b"\x00")) and not file.read(1)
+        raise JournalError(
+            "The segment's first line is not that of this log.",
+            index=first,
+            offset=0,
+            torn_bytes=max(1, len(line)) if is_torn else 0,
+        )
     return len(line)
 
 
 def read_commits(file: BinaryIO, index: int) -> Iterator[Commit]:
     """Yield the commits of a segment from the file's position; the first entry expected is `index`.
 
+    Zeros after the last commit are room that the writer has reserved, and end the walk.
+
     Raises:
-        JournalError: Damage; `at_end` tells a torn tail from damage before other commits.
+        JournalError: Damage; `torn_bytes` tells a torn tail from damage before other commits.
     """
     offset = file.tell()
     end_of_file = file.seek(0, 2)
     file.seek(offset)
     while offset < end_of_file:
         header = file.read(_HEADER.size)
-        if len(header) < _HEADER.size:
-            raise JournalError("The last commit is cut short.", index=index, offset=offset, at_end=True)
-        magic, first, count, entries_bytes, note_bytes = _HEADER.unpack(header)
-        if magic != _MAGIC or first != index or not count or entries_bytes > MAX_COMMIT_BYTES:
-            # All zero to the end is what a file system leaves of a write that never finished.
-            torn = not any(header) and _is_zero(file)
-            raise JournalError("A commit's header is damaged.", index=index, offset=offset, at_end=torn)
-        if note_bytes > MAX_NOTE_BYTES:
-            raise JournalError("A commit's note is too long.", index=index, offset=offset)
+        if not any(header) and not (torn := _end_of_data(file, offset) - offset):
+            return
+        fields = _HEADER.unpack(header) if len(header) == _HEADER.size else (b"", 0, 0, 0, 0)
+        magic, first, count, entries_bytes, note_bytes = fields
         end = offset + _HEADER.size + entries_bytes + note_bytes + _CRC.size
-        if end > end_of_file:
-            raise JournalError("The last commit is cut short.", index=index, offset=offset, at_end=True)
+        is_sane = (
+            magic == _MAGIC
+            and first == index
+            and count > 0
+            and entries_bytes <= MAX_COMMIT_BYTES
+            and note_bytes <= MAX_NOTE_BYTES
+        )
+        if not is_sane or end > end_of_file:
+            torn = _end_of_data(file, offset) - offset
+            is_torn = _is_torn(header, index, torn) and not _holds_commit(file, offset + 1, torn)
+            raise JournalError(
+                "A commit is cut short." if is_torn else "A commit's header is damaged.",
+                index=index,
+                offset=offset,
+                torn_bytes=torn if is_torn else 0,
+            )
         body = file.read(entries_bytes + note_bytes)
         (crc,) = _CRC.unpack(file.read(_CRC.size))
         if zlib.crc32(body, zlib.crc32(header)) != crc:
-            raise JournalError("A commit's checksum is wrong.", index=index, offset=offset, at_end=end == end_of_file)
+            torn = _end_of_data(file, offset) - offset
+            raise JournalError(
+                "A commit's checksum is wrong.",
+                index=index,
+                offset=offset,
+                torn_bytes=torn if torn <= end - offset and not _holds_commit(file, offset + 1, torn) else 0,
+            )
         yield Commit(first, count, body[:entries_bytes], body[entries_bytes:], offset, end)
         index, offset = first + count, end
+
+
+def _is_torn(header: bytes, index: int, torn_bytes: int) -> bool:
+    """Whether the bytes from here on can be one write that did not finish: its start whole, or never written."""
+    if torn_bytes > _HEADER.size + MAX_COMMIT_BYTES + MAX_NOTE_BYTES + _CRC.size:
+        return False
+    expected = _HEADER.pack(_MAGIC, index, 0, 0, 0)[:12]
+    start = header[:12].rstrip(b"\x00")
+    return expected.startswith(start) or not start
+
+
+def _holds_commit(file: BinaryIO, offset: int, length: int) -> bool:
+    """Whether a whole commit lies in that stretch: then what comes before it is damage, not a torn last write."""
+    file.seek(offset)
+    data = file.read(length)
+    at = data.find(_MAGIC)
+    while at >= 0:
+        if at + _HEADER.size <= len(data):
+            _, _, _, entries_bytes, note_bytes = _HEADER.unpack_from(data, at)
+            end = at + _HEADER.size + entries_bytes + note_bytes
+            if end + _CRC.size <= len(data) and zlib.crc32(data[at:end]) == _CRC.unpack_from(data, end)[0]:
+                return True
+        at = data.find(_MAGIC, at + 1)
+    return False
+
+
+def _end_of_data(file: BinaryIO, offset: int) -> int:
+    """Return the offset after the last byte at or after `offset` that is not zero; leaves the position anywhere."""
+    end = file.seek(0, 2)
+    while end > offset:
+        start = max(offset, end - (1 << 16))
+        file.seek(start)
+        kept = file.read(end - start).rstrip(b"\x00")
+        if kept:
+            return start + len(kept)
+        end = start
+    return offset
 
 
 def read_damaged_entries(file: BinaryIO) -> list[bytes]:
@@ -144,10 +203,3 @@ def read_damaged_entries(file: BinaryIO) -> list[bytes]:
         entries.append(data[at + 2 : stop])
         at = stop
     return entries
-
-
-def _is_zero(file: BinaryIO) -> bool:
-    while chunk := file.read(1 << 20):
-        if any(chunk):
-            return False
-    return True

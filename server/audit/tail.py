@@ -35,7 +35,7 @@ def read_commits_from(directory: Path, index: int) -> Iterator[Commit]:
                     if commit.first + commit.count > index:
                         yield commit
             except JournalError as err:
-                if not err.at_end:  # at the end: the writer is in the middle of it
+                if not err.torn_bytes:  # at the end: the writer is in the middle of it
                     raise TileError(f"{path.name}: {err}") from err
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,11 +18,12 @@ from server.audit.tiles import TileError, TileReader, split_entries, tile_path
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
-    from typing import Any
+    from typing import Any, BinaryIO
 
     from server.audit.journal import Commit
 
 _PROGRESS_EVERY = 4_096
+_MAX_ATTEMPTS = 20
 _FILES = frozenset({"checkpoint", "vkey", "tile", "journal", "minimum-index", "cosignatures", "lock"})
 
 
@@ -123,7 +125,7 @@ class Verifier:
                 self._walk_journal()
             else:
                 self._walk_bundles()
-            self._check_ends()
+            self._settle()
         except JournalError as err:
             raise VerificationError(f"{err} (offset {err.offset})", index=self._blame(err.index)) from err
         except (TileError, NoteError) as err:
@@ -215,16 +217,47 @@ class Verifier:
                     f"{path.name} begins at entry {first}, expected {self._tree.size}.",
                     index=min(first, self._tree.size),
                 )
-            last: Commit | None = None
             with path.open("rb") as file:
                 self._offset = journal.read_segment_line(file, self._key.name, first)
-                for commit in journal.read_commits(file, first):
-                    self._check_commit(commit)
-                    last = commit
-            if last is not None and not self._every_signature:
-                self._check_signature(last)
-            elif last is None and number + 1 < len(segments):
-                raise VerificationError(f"{path.name} is empty.", index=first)
+                self._walk_segment(file)
+                if number + 1 < len(segments) and (self._tree.size == first or file.seek(0, 2) != self._offset):
+                    raise VerificationError(f"{path.name} does not end with a commit.", index=self._tree.size)
+
+    def _walk_segment(self, file: BinaryIO) -> None:
+        file.seek(self._offset)
+        last: Commit | None = None
+        for commit in journal.read_commits(file, self._tree.size):
+            self._check_commit(commit)
+            last = commit
+        if last is not None and not self._every_signature:
+            self._check_signature(last)
+
+    def _settle(self) -> None:
+        """Check the ends; a log that is being written may have grown past what was read, so read on and look again."""
+        for attempt in range(_MAX_ATTEMPTS):
+            try:
+                self._check_ends()
+            except (VerificationError, FileNotFoundError):
+                if attempt + 1 == _MAX_ATTEMPTS or not self._use_journal or not self._read_on():
+                    raise
+            else:
+                return
+
+    def _read_on(self) -> bool:
+        """Read what the journal got since; return whether there was anything."""
+        before = self._tree.size
+        first, path = journal.list_segments(self._directory)[-1]
+        with path.open("rb") as file:
+            if first == before:
+                self._offset = journal.read_segment_line(file, self._key.name, first)
+            elif first > before:
+                return False
+            try:
+                self._walk_segment(file)
+            except JournalError as err:
+                if not err.torn_bytes:  # torn: the writer is in the middle of it
+                    raise
+        return self._tree.size > before
 
     def _check_commit(self, commit: Commit) -> None:
         entries = split_entries(commit.entries)
@@ -343,7 +376,8 @@ class Verifier:
                     raise VerificationError(
                         f"{partial.relative_to(self._directory)} does not belong.", index=self._good
                     )
-                self._compare_file(partial, self._prefix(data, found, unit_bytes), level, index, unit_bytes)
+                with suppress(FileNotFoundError):  # a live log drops it once its full tile is durable
+                    self._compare_file(partial, self._prefix(data, found, unit_bytes), level, index, unit_bytes)
         if not is_full and (need := (published >> (8 * (level or 0))) - index * TILE_WIDTH) > 0:
             partial = folder / str(need)
             self._compare_file(partial, self._prefix(data, need, unit_bytes), level, index, unit_bytes)

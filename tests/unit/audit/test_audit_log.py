@@ -77,7 +77,10 @@ def test_a_torn_last_commit_is_cut(tmp_path: Path, cut: int) -> None:
     log.commit(pack_entries([entry]), [entry])
     log.release()  # a kill: the last commit is not published
     path = last_segment(tmp_path)
-    os.truncate(path, path.stat().st_size - cut)
+    end = len(path.read_bytes().rstrip(b"\x00"))
+    os.truncate(path, end - cut)
+    if cut % 2:
+        os.truncate(path, end + 4096)  # the file system may leave zeros where a write did not arrive
     log = AuditLog(tmp_path, new_signer())
     assert log.tree.size == 20
     assert log.cut_bytes > 0
@@ -85,12 +88,12 @@ def test_a_torn_last_commit_is_cut(tmp_path: Path, cut: int) -> None:
     assert Verifier(tmp_path).verify().size == 20
 
 
-def test_zeros_after_the_last_commit_are_cut(tmp_path: Path) -> None:
+def test_zeros_after_the_last_commit_are_room(tmp_path: Path) -> None:
     make_log(tmp_path, 20)
     with last_segment(tmp_path).open("ab") as file:
         file.write(bytes(5000))
     log = AuditLog(tmp_path, new_signer())
-    assert (log.tree.size, log.cut_bytes) == (20, 5000)
+    assert (log.tree.size, log.cut_bytes) == (20, 0)
     log.close()
 
 
@@ -180,7 +183,6 @@ def test_a_failed_sync_is_not_tried_again_on_the_same_pages(tmp_path: Path, monk
     now_s = [0.0]
     log = AuditLog(tmp_path, new_signer(), clock=lambda: now_s[0])
     fill(log, 10)
-    size_before = last_segment(tmp_path).stat().st_size
     entry = event("admin:act:performed", 1)
     real, calls = os.fdatasync, []
 
@@ -201,7 +203,6 @@ def test_a_failed_sync_is_not_tried_again_on_the_same_pages(tmp_path: Path, monk
     log.close()
     report = Verifier(tmp_path).verify()
     assert report.size == 11
-    assert last_segment(tmp_path).stat().st_size > size_before
 
 
 def test_a_full_disk_leaves_half_a_commit_that_is_cut_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,18 +210,18 @@ def test_a_full_disk_leaves_half_a_commit_that_is_cut_again(tmp_path: Path, monk
     log = AuditLog(tmp_path, new_signer(), clock=lambda: now_s[0])
     fill(log, 10)
     entry = event("admin:act:performed", 1)
-    real = os.write
+    real = os.pwrite
 
-    def short(descriptor: int, data: bytes) -> int:
+    def short(descriptor: int, data: bytes, offset: int) -> int:
         writes.append(len(data))
         if len(writes) == 1:
-            return real(descriptor, bytes(data[:30]))
+            return real(descriptor, bytes(data[:30]), offset)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "write", short)
+    monkeypatch.setattr(os, "pwrite", short)
     with pytest.raises(OSError, match="No space"):
         log.commit(pack_entries([entry]), [entry])
-    monkeypatch.setattr(os, "write", real)
+    monkeypatch.setattr(os, "pwrite", real)
     now_s[0] = 1.0
     assert log.commit(pack_entries([entry]), [entry]) == 10
     log.close()
@@ -238,7 +239,7 @@ def test_a_disk_that_lost_the_last_commit_is_noticed(tmp_path: Path, monkeypatch
             log.commit(pack_entries([entry]), [entry])
     path = last_segment(tmp_path)
     data = bytearray(path.read_bytes())
-    data[-400] ^= 1  # the page came back from the disk without the last commit
+    data[len(data.rstrip(b"\x00")) - 500] ^= 1  # the page came back from the disk without the last commit
     path.write_bytes(data)
     now_s[0] = 10.0
     with pytest.raises(OSError, match="read back"):
