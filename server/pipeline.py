@@ -19,7 +19,7 @@ from server.types import Delta, Outcome
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
 
-    from server.ports import Audit, Authenticator, Guard, Limits, Models, Policy
+    from server.ports import Audit, Authenticator, Guard, Limits, Model, Models, Policy
     from server.types import Client, Credentials, ModelRequest, RequestId, WireFormat
 
 
@@ -38,6 +38,11 @@ class Call:
     model_id: str = ""
     headers: dict[str, str] = field(default_factory=dict)
     outcome: Outcome = field(default_factory=Outcome)
+
+
+def canonical(request: ModelRequest, model: Model) -> ModelRequest:
+    """Return the request under the model's own id: records and policies see one name, whatever alias was used."""
+    return request if request.model == model.id else replace(request, model=model.id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +72,7 @@ class Pipeline:
             request = await call.read()
             model = self.models.find(request.model)
             call.model_id = model.id
-            if request.model != model.id:  # an alias: from here on, records and policies see one name
-                request = replace(request, model=model.id)
+            request = canonical(request, model)
             decision = self.policy.decide(principal, call.action, request, call.client)
             record.decide(decision, request)
             if not decision.allowed:
@@ -78,7 +82,7 @@ class Pipeline:
             max_tokens = model.clamp(request, prompt, decision.obligations)
             call.request = request
             async with self.limits.reserve(
-                principal, request, prompt_tokens=len(prompt.token_ids), max_tokens=max_tokens
+                principal, request, prompt_tokens=prompt.num_tokens, max_tokens=max_tokens
             ) as reservation:
                 index = await record.accept(prompt, scan, model.describe(request, max_tokens))
                 call.headers |= reservation.headers

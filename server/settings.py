@@ -118,7 +118,6 @@ class GuardSettings(_Section):
 
     num_workers: int = Field(default=1, ge=1, le=64)
     scan_timeout_ms: int = Field(default=250, ge=1)
-    rules: Path = Path("guard")
 
 
 class AuditSettings(_Section):
@@ -259,7 +258,6 @@ def parse_settings(raw: dict[str, Any], *, base: Path) -> Settings:
             "templates": settings.templates.model_copy(
                 update={"directory": _under(base, settings.templates.directory)}
             ),
-            "guard": settings.guard.model_copy(update={"rules": _under(base, settings.guard.rules)}),
         }
     )
 

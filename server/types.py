@@ -204,6 +204,11 @@ class Prompt:
     stand_in: str | None = None
     inputs: tuple[list[int], ...] = ()
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in all, the security template's among them."""
+        return len(self.token_ids) + sum(map(len, self.inputs))
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:

@@ -14,6 +14,7 @@ from server.api.edge import Edge
 from server.api.exchange import read_client, read_credentials
 from server.api.public import MODEL_ROUTES, install_error_handlers, json_response
 from server.errors import PermissionDeniedError, RequestError
+from server.pipeline import canonical
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -72,6 +73,7 @@ def build_admin(deps: AdminDeps) -> ASGIApp:
         fmt = formats[path]
         wanted = fmt.parse(inner)
         model = deps.models.find(wanted.model)
+        wanted = canonical(wanted, model)
         decision = deps.policy.decide(principal, fmt.action, wanted, client)
         if not decision.allowed:
             raise PermissionDeniedError(decision.reason)

@@ -95,15 +95,15 @@ class ChatReply:
                 if delta.index == 0 and delta.tool_calls is None and not delta.reasoning and delta.logprobs is None
                 else self._other(delta)
                 for delta in deltas
+                if delta.text or delta.tool_calls or delta.reasoning or delta.logprobs
             ]
         )
 
     def end(self, last: list[Delta], outcome: Outcome) -> bytes:
         """Return finish reasons, usage where asked, and `[DONE]`."""
-        pieces = [self._other(delta) for delta in last if delta.finish_reason is not None]
-        findings = findings_of(outcome)
-        if findings or outcome.scan is not None:
-            pieces.append(self._scan_event(outcome, findings))
+        ends = [delta for delta in last if delta.finish_reason is not None]
+        pieces = [self._other(delta) for delta in ends[:-1]]
+        pieces += [with_scan(self._other(delta), outcome) for delta in ends[-1:]]
         if self._request.include_usage:
             pieces.append(self._head + b'],"usage":' + orjson.dumps(usage_of(outcome.usage)) + b"}\n\n")
         pieces.append(b"data: [DONE]\n\n")
@@ -169,13 +169,13 @@ class ChatReply:
         choice = {"index": index, "delta": content, "logprobs": logprobs, "finish_reason": finish_reason}
         return self._head + orjson.dumps(choice) + b"]}\n\n"
 
-    def _scan_event(self, outcome: Outcome, findings: list[dict[str, Any]]) -> bytes:
-        # A chunk with a choice whose delta is empty: clients that know no `strongroom` field skip it.
-        assert outcome.scan is not None  # noqa: S101 - the caller looked
-        scan = orjson.dumps({"scan": outcome.scan.state, "findings": findings})
-        return (
-            self._head + b'{"index":0,"delta":{},"logprobs":null,"finish_reason":null}],"strongroom":' + scan + b"}\n\n"
-        )
+
+def with_scan(event: bytes, outcome: Outcome) -> bytes:
+    """Return the event with the scan's verdict as one more field, which clients that know it not skip."""
+    if outcome.scan is None:
+        return event
+    scan = orjson.dumps({"scan": outcome.scan.state, "findings": findings_of(outcome)})
+    return event[:-3] + b',"strongroom":' + scan + b"}\n\n"
 
 
 def usage_of(usage: Usage) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from server.api import fields
-from server.api.chat import usage_of
+from server.api.chat import usage_of, with_scan
 from server.api.wire import assemble, findings_of
 from server.types import Completion, ModelRequest, WireFormat
 
@@ -84,11 +84,9 @@ class CompletionReply:
 
     def end(self, last: list[Delta], outcome: Outcome) -> bytes:
         """Return finish reasons, the scan's verdict, usage where asked, and `[DONE]`."""
-        pieces = [self._event(delta) for delta in last if delta.finish_reason is not None]
-        if outcome.scan is not None:
-            scan = orjson.dumps({"scan": outcome.scan.state, "findings": findings_of(outcome)})
-            empty = b'{"index":0,"text":"","logprobs":null,"finish_reason":null}'
-            pieces.append(self._head + empty + b'],"strongroom":' + scan + b"}\n\n")
+        ends = [delta for delta in last if delta.finish_reason is not None]
+        pieces = [self._event(delta) for delta in ends[:-1]]
+        pieces += [with_scan(self._event(delta), outcome) for delta in ends[-1:]]
         if self._request.include_usage:
             pieces.append(self._head + b'],"usage":' + orjson.dumps(usage_of(outcome.usage)) + b"}\n\n")
         pieces.append(b"data: [DONE]\n\n")

@@ -222,7 +222,7 @@ class Record:
             **{key: _param(value) for key, value in effective.items() if key != "params"},
             "params": {key: _param(value) for key, value in list(effective.get("params", {}).items())[:32]},
             "template": {"id": template.id, "version": template.version, "digest": template.digest},
-            "prompt": {"hmac": keyed.hexdigest(), "tokens": len(prompt.token_ids)},
+            "prompt": {"hmac": keyed.hexdigest(), "tokens": prompt.num_tokens},
             "scan_input": _scan(scan),
         }
         if prompt.stand_in is not None:

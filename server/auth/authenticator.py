@@ -100,6 +100,8 @@ class Authenticator:
             if self._is_quarantined(principal):
                 raise AuthenticationError("quarantined", key_id=principal.credential_id)
         except AuthenticationError:
+            if credentials.malformed is not None or not credentials.values:
+                raise  # nothing was guessed: a client without a key, or with a broken setting
             wait_s = self._throttle.wait_s(client.address)
             self._throttle.fail(client.address)
             if wait_s > 0:

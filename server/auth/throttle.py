@@ -25,7 +25,7 @@ class FailureThrottle:
         clock: A monotonic clock, in seconds.
     """
 
-    def __init__(self, *, burst: int = 20, refill_s: float = 3.0, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, *, burst: int = 60, refill_s: float = 1.0, clock: Callable[[], float] = time.monotonic) -> None:
         self._burst = float(burst)
         self._refill_s = refill_s
         self._clock = clock

@@ -68,18 +68,27 @@ def banner(settings: Settings, seconds: float) -> str:
     state = settings.state
     base = f"http://{settings.public.host}:{settings.public.port}/v1"
     model = settings.models[0].id if settings.models else "MODEL"
-    return f"""
-Strongroom is ready after {seconds:.0f} s.
-
-Try it:
-  . {state}/client.env && curl -sN "$OPENAI_BASE_URL/chat/completions" -H "Authorization: Bearer $OPENAI_API_KEY" \\
-    -H 'Content-Type: application/json' -d '{{"model":"'"$MODEL"'","stream":true,"messages":[{{"role":"user","content":"Write a Python function that reads a CSV file."}}]}}'
-
-openai SDK (reads both from the environment after '. {state}/client.env'):
-  python -c 'import os, openai; print(openai.OpenAI().chat.completions.create(model=os.environ["MODEL"], messages=[{{"role": "user", "content": "hello"}}]).choices[0].message.content)'
-
-Continue (config.yaml):
-  models:
-    - {{name: Strongroom, provider: openai, model: {model}, apiBase: {base}, apiKey: (OPENAI_API_KEY of client.env)}}
-
-Metrics and admin API: {state}/admin.env. Stop with Ctrl-C."""
+    question = "Write a Python function that reads a CSV file."
+    return "\n".join(
+        (
+            "",
+            f"Strongroom is ready after {seconds:.0f} s.",
+            "",
+            "Try it:",
+            f'  . {state}/client.env && curl -sN "$OPENAI_BASE_URL/chat/completions" \\',
+            "    -H \"Authorization: Bearer $OPENAI_API_KEY\" -H 'Content-Type: application/json' \\",
+            '    -d \'{"model":"\'"$MODEL"\'","stream":true,"messages":[{"role":"user","content":"'
+            + question
+            + "\"}]}'",
+            "",
+            f"openai SDK: '. {state}/client.env' sets what it reads from the environment; then",
+            "  openai.OpenAI().chat.completions.create(model=os.environ['MODEL'], messages=[...])",
+            "",
+            "Continue, in its config.yaml:",
+            "  models:",
+            f"    - {{name: Strongroom, provider: openai, model: {model}, apiBase: {base},",
+            "       apiKey: the OPENAI_API_KEY of client.env}",
+            "",
+            f"Metrics and admin API: . {state}/admin.env. Stop with Ctrl-C.",
+        )
+    )

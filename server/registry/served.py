@@ -73,8 +73,9 @@ class ServedModel:
         limit = self.engine.max_model_len
         num_prompt = len(prompt.token_ids)
         if isinstance(request.payload, Embedding):
-            if num_prompt > limit:
-                raise ContextLengthError(limit_tokens=limit, prompt_tokens=num_prompt)
+            longest = max(map(len, prompt.inputs), default=0)
+            if longest > limit:
+                raise ContextLengthError(limit_tokens=limit, prompt_tokens=longest)
             return 0
         left = limit - num_prompt
         if left < MIN_ANSWER_TOKENS:

@@ -1,0 +1,58 @@
+"""One gateway for the tests that change nothing of it; those that do make their own."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+
+from tests.integration.gateway_kit import GatewayKit, make_kit, wait_until
+
+
+@pytest.fixture(scope="session")
+def gateway(tmp_path_factory):
+    kit = make_kit(tmp_path_factory.mktemp("gw"))
+    try:
+        kit.start()
+        yield kit
+    finally:
+        kit.stop()
+
+
+@pytest.fixture(scope="session")
+def key(gateway):
+    """A developer's key."""
+    text = gateway.new_key(groups={"developers"})
+    gateway.wait_for_key(text)
+    return text
+
+
+@pytest.fixture(scope="session")
+def admin_key(gateway):
+    """A key of somebody who may render prompts and read metrics."""
+    text = gateway.new_key(groups={"developers", "operators", "security", "auditors"}, subject="admin")
+    gateway.wait_for_key(text)
+    return text
+
+
+@pytest.fixture(scope="session")
+def visitor_key(gateway):
+    """A valid key of somebody whom no policy permits anything."""
+    text = gateway.new_key(groups={"visitors"}, subject="visitor")
+    headers = {"authorization": f"Bearer {text}"}
+    wait_until(lambda: httpx.get(gateway.base + "/v1/models", headers=headers).status_code == 200, pause_s=0.3)
+    return text
+
+
+@pytest.fixture
+def make_gateway(tmp_path):
+    """A factory of gateways of one's own."""
+    kits: list[GatewayKit] = []
+
+    def make(**overrides):
+        kit = make_kit(tmp_path / f"gw{len(kits)}", **overrides)
+        kits.append(kit)
+        return kit
+
+    yield make
+    for kit in kits:
+        kit.stop()
