@@ -191,7 +191,11 @@ class Signer(Protocol):
         ...
 
     def sign(self, message: bytes) -> bytes:
-        """Return the Ed25519 signature of `message`."""
+        """Return the Ed25519 signature of `message`.
+
+        Raises:
+            OSError: The key can't be used now; the log stops until it can.
+        """
         ...
 
 

@@ -270,7 +270,7 @@ class AuditLog:
             entries: The same, apart.
 
         Raises:
-            OSError: Nothing was appended; the next call tries to mend the file first.
+            OSError: Nothing was appended, disk or signer failed; the next call tries to mend the file first.
         """
         if self._broken:
             self._mend()
@@ -279,9 +279,9 @@ class AuditLog:
         append, leaf = tree.append, leaf_hash
         for entry in entries:
             append(leaf(entry))
-        note = self._signer.note(tree.size, tree.root())
-        commit = journal.encode_commit(first, len(entries), packed, note)
         try:
+            note = self._signer.note(tree.size, tree.root())
+            commit = journal.encode_commit(first, len(entries), packed, note)
             if self._offset + len(commit) > self._reserved:
                 self._reserve(len(commit))
             write_all(self._descriptor, commit, self._offset)

@@ -263,13 +263,16 @@ class Verifier:
         entries = split_entries(commit.entries)
         if len(entries) != commit.count:
             raise JournalError("A commit's count is wrong.", index=commit.first, offset=commit.offset)
-        for index, entry in enumerate(entries, commit.first):
-            self._check_entry(index, entry)
+        for entry in entries:
+            self._add(entry)
         head = Checkpoint(self._key.name, self._tree.size, self._tree.root())
         if not commit.note.startswith(head.text().encode() + b"\n"):
             raise JournalError("A commit's root is not that of its entries.", index=commit.first, offset=commit.offset)
         if self._every_signature:
             self._check_signature(commit)
+        # What an entry says counts once it is proved to be the one that was signed: so the first bad one is named.
+        for index, entry in enumerate(entries, commit.first):
+            self._check_entry(index, entry)
         self._good, self._offset = self._tree.size, commit.end
         self._report.num_commits += 1
 
@@ -285,12 +288,14 @@ class Verifier:
         except EntryError as err:
             raise VerificationError(str(err), index=index) from err
         self._follow(index, entry)
-        self._bundle += len(data).to_bytes(2, "big") + data
-        self._append(leaf_hash(data))
         if self._on_entry is not None:
             self._on_entry(index, entry)
         if self._on_progress is not None and index % _PROGRESS_EVERY == 0:
             self._on_progress(index)
+
+    def _add(self, data: bytes) -> None:
+        self._bundle += len(data).to_bytes(2, "big") + data
+        self._append(leaf_hash(data))
 
     def _follow(self, index: int, entry: dict[str, Any]) -> None:
         """Hold every request to one accepted and one finished entry."""
@@ -343,6 +348,7 @@ class Verifier:
                 if leaf_hash(data) != leaves[offset]:
                     raise VerificationError("An entry is not the one whose hash the tile holds.", index=self._tree.size)
                 self._check_entry(self._tree.size, data)
+                self._add(data)
             self._good = self._tree.size
 
     # Tiles --------------------------------------------------------------------------------------------------------

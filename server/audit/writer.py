@@ -169,6 +169,7 @@ class Writer:
         for key in list(self._selector.get_map().values()):
             if key.data is not None:
                 self._flush(key.data)
+                key.data.sock.close()
         self._selector.close()
         for sock in (self._listener, self._wake, self._waker):
             sock.close()
