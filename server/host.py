@@ -163,6 +163,7 @@ class Host:
             restart_policy=RestartPolicy(initial_s=0.2),
             log_path=settings.state / "logs" / "gateway.log",
             before_start=before_start,
+            stops_first=True,  # its callers are drained while the engines still answer
         )
 
     def _engine_spec(self, model: ModelSettings, source: ModelSource) -> ChildSpec:
