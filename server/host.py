@@ -163,6 +163,7 @@ class Host:
             restart_policy=RestartPolicy(initial_s=0.2),
             log_path=settings.state / "logs" / "gateway.log",
             before_start=before_start,
+            stops_first=True,  # its callers are drained while the engines still answer
         )
 
     def _engine_spec(self, model: ModelSettings, source: ModelSource) -> ChildSpec:
@@ -180,7 +181,11 @@ class Host:
             prefix_caching=engine.prefix_caching,
             ngram_tokens=engine.speculative_ngram,
             enforce_eager=engine.enforce_eager,
+            tensor_parallel_size=engine.tensor_parallel_size,
+            gpu_memory_utilization=engine.gpu_memory_utilization,
+            max_num_seqs=engine.max_num_seqs,
             tool_parser=engine.tool_parser,
+            reasoning_parser=engine.reasoning_parser,
             manifest_sha256=source.manifest_digest,
             extra_args=dict(engine.extra_args),
             network_isolation=settings.seal.network_isolation,

@@ -28,6 +28,7 @@ MAX_BODY_BYTES = 256 * 1024 * 1024
 HEALTH_LIMIT_S = 5.0
 SELF_TEST_LIMIT_S = 120.0
 HTTP_OK = 200
+MAX_HEALTH_FAILURES = 3
 
 
 def unix_address(path: Path) -> Address:
@@ -231,6 +232,7 @@ class EngineClient:
             on_change: Called with readiness and, where an engine was refused, the error's code.
         """
         was_ready: bool | None = None
+        num_failures = 0
         while True:
             refusal: str | None = None
             if self._tested is None:
@@ -238,7 +240,11 @@ class EngineClient:
                     await self.self_test()
                 except StrongroomError as err:
                     refusal = err.code
-            elif not await self.health():
+                num_failures = 0
+            # One slow answer of a busy engine must not turn all callers away; each of them sees a dead one for himself.
+            elif await self.health():
+                num_failures = 0
+            elif (num_failures := num_failures + 1) >= MAX_HEALTH_FAILURES:
                 self._tested = None
             if on_change is not None and self.ready != was_ready:
                 on_change(self.ready, refusal)

@@ -38,7 +38,6 @@ _EXTRA_ARGS: dict[str, str | None] = {
     "--enable-expert-parallel": None,
     "--enable-lora": None,
     "--fully-sharded-loras": None,
-    "--gpu-memory-utilization": _NUMBER,
     "--kv-cache-dtype": "|".join(KV_CACHE_DTYPES),
     "--kv-cache-memory-bytes": _NUMBER,
     "--long-prefill-token-threshold": _NUMBER,
@@ -48,24 +47,20 @@ _EXTRA_ARGS: dict[str, str | None] = {
     "--max-lora-rank": _NUMBER,
     "--max-loras": _NUMBER,
     "--max-num-batched-tokens": _NUMBER,
-    "--max-num-seqs": _NUMBER,
     "--num-gpu-blocks-override": _NUMBER,
     "--optimization-level": r"\d",
     "--pipeline-parallel-size": _NUMBER,
-    "--reasoning-parser": _NAME,
     "--seed": _NUMBER,
     "--stream-interval": _NUMBER,
-    "--swap-space": _NUMBER,
-    "--tensor-parallel-size": _NUMBER,
     "--tool-strict-level": _NAME,
 }
 
 _KNOWN_ARGS = frozenset(_EXTRA_ARGS) | {
     "--disable-fastapi-docs", "--disable-uvicorn-access-log", "--dtype", "--enable-auto-tool-choice",
     "--enable-prefix-caching", "--enable-prompt-tokens-details", "--enforce-eager", "--generation-config",
-    "--load-format", "--lora-modules", "--max-model-len", "--model", "--model-loader-extra-config",
-    "--no-enable-prefix-caching", "--quantization", "--runner", "--served-model-name", "--speculative-config",
-    "--tool-call-parser", "--uds",
+    "--gpu-memory-utilization", "--load-format", "--lora-modules", "--max-model-len", "--max-num-seqs", "--model",
+    "--model-loader-extra-config", "--no-enable-prefix-caching", "--quantization", "--reasoning-parser", "--runner",
+    "--served-model-name", "--speculative-config", "--tensor-parallel-size", "--tool-call-parser", "--uds",
 }  # fmt: skip
 
 # What vLLM must never be started with, each with the reason that goes into the error.
@@ -145,7 +140,11 @@ class EngineConfig:
         kv_cache_gb: KV cache on the CPU, in GiB; None leaves it to vLLM (a GPU).
         cpu_cores: Cores that the engine's threads are bound to; two engines must not share any.
         ngram_tokens: Tokens guessed ahead by n-gram look-up; 0 is off. It pays where answers copy their prompt.
+        tensor_parallel_size: Over how many devices the model is spread.
+        gpu_memory_utilization: Share of the device's memory that vLLM may take; None leaves it to vLLM.
+        max_num_seqs: Requests in one batch; None leaves it to vLLM.
         tool_parser: vLLM's parser for the tool calls of this model, or None for no tools.
+        reasoning_parser: vLLM's parser for the thoughts of this model, or None.
         adapters: LoRA adapters by name, each a folder.
         manifest_sha256: Digest of the manifest that was verified; the loader opens no other.
         extra_args: Further options of vLLM, from an allow-list.
@@ -163,7 +162,11 @@ class EngineConfig:
     prefix_caching: bool = True
     ngram_tokens: int = 0
     enforce_eager: bool = False
+    tensor_parallel_size: int = 1
+    gpu_memory_utilization: float | None = None
+    max_num_seqs: int | None = None
     tool_parser: str | None = None
+    reasoning_parser: str | None = None
     adapters: Mapping[str, Path] = field(default_factory=dict)
     manifest_sha256: str | None = None
     extra_args: Mapping[str, str | None] = field(default_factory=dict)
@@ -212,6 +215,12 @@ def build_engine_argv(config: EngineConfig, socket_path: Path, *, python: str = 
     args += ["--generation-config", "vllm"]
     if config.quantization is not None:
         args += ["--quantization", config.quantization]
+    if config.tensor_parallel_size > 1:
+        args += ["--tensor-parallel-size", str(config.tensor_parallel_size)]
+    if config.gpu_memory_utilization is not None:
+        args += ["--gpu-memory-utilization", str(config.gpu_memory_utilization)]
+    if config.max_num_seqs is not None:
+        args += ["--max-num-seqs", str(config.max_num_seqs)]
     if config.enforce_eager:
         args.append("--enforce-eager")
     if config.task == "embed":
@@ -222,6 +231,8 @@ def build_engine_argv(config: EngineConfig, socket_path: Path, *, python: str = 
             speculation = {"method": "ngram", "num_speculative_tokens": config.ngram_tokens}
             speculation |= {"prompt_lookup_min": 2, "prompt_lookup_max": 4}
             args += ["--speculative-config", orjson.dumps(speculation).decode()]
+        if config.reasoning_parser is not None:
+            args += ["--reasoning-parser", config.reasoning_parser]
         if config.tool_parser is not None:
             args += ["--enable-auto-tool-choice", "--tool-call-parser", config.tool_parser]
     if config.adapters:

@@ -114,6 +114,7 @@ def local_engine_spec(
         log_path=paths.log,
         before_start=before_start,
         after_exit=after_exit,
+        critical=False,  # other models go on without this one, and the gateway says 503 for it
     )
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from server.engine.config import EXIT_REFUSED
 from server.engine.isolation import become_subreaper
 from server.engine.tree import kill_tree, tree_members
-from server.errors import StartError
+from server.errors import KMSUnreachableError, StartError
 
 logger = logging.getLogger(__name__)
 
@@ -87,9 +87,11 @@ class ChildSpec:
         stop_signal: Sent first when it is to stop.
         grace_s: From then until the whole tree is killed.
         before_start: Called before each start, the first too: makes folders, writes records, and returns what only this
-            start inherits. What it raises counts as a failed start; a `StartError` is not tried again.
+            start inherits. What it raises counts as a failed start; a `StartError` is not tried again, unless it is a
+            `KMSUnreachableError`.
         after_exit: Called when a process of this child has ended and its tree is gone, before a restart.
         critical: Whether the supervisor stops everything once it gave the child up.
+        stops_first: Whether it is stopped before all others: a gateway drains while the engine still answers.
     """
 
     name: str
@@ -110,6 +112,7 @@ class ChildSpec:
     before_start: Callable[[], Awaitable[Handover | None]] | None = None
     after_exit: Callable[[], Awaitable[None]] | None = None
     critical: bool = True
+    stops_first: bool = False
 
 
 EventHandler = Callable[[ChildEvent, str, dict[str, Any]], None]
@@ -205,7 +208,7 @@ class Child:
         except Exception as err:  # noqa: BLE001
             self.last_error = str(err)
             logger.error("child %s could not be started: %s", spec.name, err)  # noqa: TRY400 - no stack: it is expected
-            refused = isinstance(err, StartError)
+            refused = isinstance(err, StartError) and not isinstance(err, KMSUnreachableError)
             self._emit(ChildEvent.EXITED, code=EXIT_REFUSED if refused else -1, ready=False, error=_code_of(err))
             return _Exit(EXIT_REFUSED if refused else -1, was_ready=False, lived_s=0.0)
         self._tree = {}
@@ -336,16 +339,17 @@ class Supervisor:
             loop.add_signal_handler(signum, self.request_stop)
 
     async def stop(self) -> None:
-        """Stop all children, last started first; no process is left when this returns."""
+        """Stop all: those with `stops_first`, then the last started first. No process is left when this returns."""
         self._stop.set()
-        for child in reversed(self.children.values()):
+        last_first = reversed(self.children.values())
+        for child in sorted(last_first, key=lambda child: not child.spec.stops_first):
             await child.stop()
 
-    async def restart(self, name: str) -> None:
-        """Stop one child and start it again, for a swap of its model."""
-        child = self.children[name]
+    async def swap(self, spec: ChildSpec) -> None:
+        """Stop the child of this name and start it by another spec; returns before it is ready."""
+        child = self.children[spec.name]
         await child.stop()
-        self.children[name] = fresh = Child(child.spec, child.on_event)
+        self.children[spec.name] = fresh = Child(spec, child.on_event)
         fresh.start()
 
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import subprocess
     from collections.abc import Mapping
 
+TRACKER_GRACE_S = 2.0
+
 
 async def kill_tree(process: subprocess.Popen[bytes], known: Mapping[int, int] | None = None) -> None:
     """Kill `process`, its session, and all that these started; reap what falls to us. Returns when none is left.
@@ -22,13 +24,25 @@ async def kill_tree(process: subprocess.Popen[bytes], known: Mapping[int, int] |
         known: What `tree_members` said of the tree earlier: a process that left the session can't be found once its
             parent is dead.
     """
+    loop = asyncio.get_running_loop()
+    end_s = loop.time() + TRACKER_GRACE_S
     while members := tree_members(process.pid, known):
         for pid in members:
+            if loop.time() < end_s and _is_resource_tracker(pid):
+                continue
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         await asyncio.sleep(0.01)
         _reap(process, members)
     _reap(process, {})
+
+
+def _is_resource_tracker(pid: int) -> bool:
+    """Whether it is Python's own cleaner: it removes the shared memory of the dead, prompts in it, and then ends."""
+    try:
+        return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def _reap(process: subprocess.Popen[bytes], members: Mapping[int, int]) -> None:

@@ -99,7 +99,7 @@ class Supervised:
 
 @pytest.fixture(scope="module")
 def model_dir() -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="sr-engine-", dir="/dev/shm"))  # noqa: S108 - made by mkdtemp, 0700
+    folder = Path(tempfile.mkdtemp(prefix="sr-engine-", dir="/dev/shm"))
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
     subprocess.run([sys.executable, "-c", CONVERT, str(folder)], check=True, env=env, capture_output=True)
     yield folder
@@ -161,6 +161,10 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
+
+
+def name_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/comm").read_text()
 
 
 def survivors(tree: list[int], limit_s: float = 10.0) -> list[int]:
@@ -264,7 +268,7 @@ async def test_a_killed_worker_ends_the_whole_tree(
     client: EngineClient, supervised: Supervised, tree: list[int]
 ) -> None:
     """vLLM would hang on; requests in flight get an error, the tree is killed, and a new one is started."""
-    worker = next(pid for pid in tree if "Worker" in Path(f"/proc/{pid}/comm").read_text())
+    worker = next(pid for pid in tree if "Worker" in name_of(pid))
     task = asyncio.create_task(ask(client, max_tokens=1500, ignore_eos=True))
     await asyncio.sleep(0.5)
     os.kill(worker, signal.SIGKILL)

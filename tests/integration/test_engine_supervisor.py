@@ -17,9 +17,10 @@ import pytest
 
 from server.engine.supervisor import ChildEvent, ChildSpec, Handover, RestartPolicy, Supervisor
 from server.engine.tree import tree_members
-from server.errors import ConfigError, StartError
+from server.errors import ConfigError, KMSUnreachableError, StartError
 
 QUICK = RestartPolicy(initial_s=0.01, max_s=0.05, stable_s=60)
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - not a file of ours: where the kernel shows it
 ROOT = Path(__file__).parents[2]
 
 # A child with a child of its own, and one that has left the session, as a daemon would.
@@ -102,6 +103,45 @@ async def test_starts_in_order_and_stops_in_the_opposite_one(tmp_path: Path) -> 
     assert "first" in progress
 
 
+async def test_a_gateway_is_stopped_before_its_engine() -> None:
+    events = Events()
+    gateway = spec("gateway", "import time; time.sleep(60)", stops_first=True)
+    others = tuple(spec(name, "import time; time.sleep(60)") for name in ("engine", "other engine"))
+    supervisor = Supervisor((spec("writer", "import time; time.sleep(60)"), gateway, *others), events)
+    await supervisor.start()
+    await supervisor.stop()
+    stopped = [name for event, name, _ in events.seen if event == ChildEvent.STOPPED]
+    assert stopped == ["gateway", "other engine", "engine", "writer"]
+
+
+async def test_a_swap_replaces_one_child_only() -> None:
+    events = Events()
+    old = spec("engine", "import time; time.sleep(60)")
+    supervisor = Supervisor((spec("writer", "import time; time.sleep(60)"), old), events)
+    await supervisor.start()
+    process = supervisor.children["engine"].process
+    assert process is not None
+    await supervisor.swap(spec("engine", "import time; time.sleep(61)"))
+    await events.wait(ChildEvent.READY, 3)
+    assert not is_alive(process.pid)
+    assert supervisor.children["engine"].spec.argv[-1].endswith("61)")
+    assert events.of("writer") == [ChildEvent.STARTING, ChildEvent.READY]
+    await supervisor.stop()
+
+
+async def test_a_key_service_that_does_not_answer_is_asked_again() -> None:
+    async def unreachable() -> None:
+        raise KMSUnreachableError("no answer")
+
+    events = Events()
+    supervisor = Supervisor((spec("c", "", before_start=unreachable),), events)
+    task = asyncio.create_task(supervisor.start())
+    await events.wait(ChildEvent.STARTING, 3)
+    supervisor.request_stop()
+    with pytest.raises(StartError):
+        await task
+
+
 async def test_what_dies_is_started_again() -> None:
     events = Events()
     supervisor = Supervisor((spec("c", "import time; time.sleep(60)"),), events)
@@ -131,6 +171,28 @@ async def test_no_process_of_the_tree_is_left(tmp_path: Path, end: str) -> None:
         await supervisor.stop()
     assert not any(is_alive(member) for member in tree)
     assert not tree_members(pid)
+    await supervisor.stop()
+
+
+async def test_shared_memory_of_a_killed_child_is_removed(tmp_path: Path) -> None:
+    """vLLM passes prompts through it, and a killed process leaves it in /dev/shm."""
+    code = """if True:
+        import os, sys, time
+        from multiprocessing.shared_memory import SharedMemory
+        memory = SharedMemory(create=True, size=4096)
+        with open(sys.argv[1] + ".tmp", "w") as file:
+            file.write(memory.name)
+        os.rename(file.name, sys.argv[1])
+        time.sleep(60)
+        """
+    events = Events()
+    supervisor = Supervisor((spec("c", code, str(tmp_path / "f"), ready=exists(tmp_path / "f")),), events)
+    await supervisor.start()
+    memory = SHARED_MEMORY / (tmp_path / "f").read_text()
+    assert memory.exists()
+    os.kill((await events.wait(ChildEvent.READY))["pid"], signal.SIGKILL)
+    await events.wait(ChildEvent.EXITED)
+    assert not memory.exists()
     await supervisor.stop()
 
 

@@ -41,7 +41,11 @@ def test_argv_of_options() -> None:
         quantization="fp8",
         prefix_caching=False,
         adapters={"sql": Path("/a/sql")},
-        extra_args={"--max-num-seqs": "8", "--enable-chunked-prefill": None},
+        max_num_seqs=8,
+        tensor_parallel_size=2,
+        gpu_memory_utilization=0.5,
+        reasoning_parser="qwen3",
+        extra_args={"--max-loras": "3", "--enable-chunked-prefill": None},
     )
     argv = build_engine_argv(config, SOCKET)
     assert value_of(argv, "--speculative-config") == (
@@ -50,6 +54,10 @@ def test_argv_of_options() -> None:
     assert value_of(argv, "--tool-call-parser") == "hermes"
     assert value_of(argv, "--lora-modules") == "sql=/a/sql"
     assert value_of(argv, "--max-num-seqs") == "8"
+    assert value_of(argv, "--tensor-parallel-size") == "2"
+    assert value_of(argv, "--gpu-memory-utilization") == "0.5"
+    assert value_of(argv, "--reasoning-parser") == "qwen3"
+    assert value_of(argv, "--max-loras") == "3"
     assert {"--enforce-eager", "--enable-chunked-prefill", "--no-enable-prefix-caching"} <= set(argv)
 
 
@@ -74,8 +82,8 @@ def test_argv_of_an_embedding_model() -> None:
         {"ngram_tokens": -1},
         {"extra_args": {"--trust-remote-code": None}},
         {"extra_args": {"--no-such-option": None}},
-        {"extra_args": {"--max-num-seqs": None}},
-        {"extra_args": {"--max-num-seqs": "--trust-remote-code"}},
+        {"extra_args": {"--max-loras": None}},
+        {"extra_args": {"--max-loras": "--trust-remote-code"}},
         {"extra_args": {"--enable-chunked-prefill": "x"}},
         {"extra_args": {"--kv-cache-dtype": "pickle"}},
     ],
