@@ -175,8 +175,7 @@ def test_redacted_values_come_back_in_text_for_every_cut() -> None:
 
 
 def test_raw_completions_are_held_to_their_end() -> None:
-    sent, _, was_blocked = asyncio.run(
-        play(["import os\n", "os.system(", "input())\n"], ScanMode.BLOCK, request(raw=True))
-    )
+    pieces = ["import os\n", "os.system(", "input())\n"]
+    sent, _, was_blocked = asyncio.run(play(pieces, ScanMode.BLOCK, request(raw=True)))
     assert was_blocked
     assert sent == ""
