@@ -1,17 +1,201 @@
+# ruff: noqa: E501  # a pattern is read whole
 """Insecure code in one block, whatever its language."""
 
 from __future__ import annotations
 
+import re
+from bisect import bisect_right
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from server.guard import languages, plain
+from server.guard.flow import Flow
+from server.guard.rules import load_language
+from server.guard.tree import Tree, has_grammar
+from server.types import Finding
+
 if TYPE_CHECKING:
-    from server.types import Finding
+    from server.guard.rules import Language, Pattern, Rule
+    from server.guard.tree import Node
+
+_SCOPES = frozenset(
+    {
+        "function_definition", "function_declaration", "method_declaration", "constructor_declaration", "arrow_function", "function_expression",
+        "method_definition", "func_literal", "generator_function_declaration",
+    }
+)  # fmt: skip
+_LOOK_BEHIND_CHARS = 400
 
 
 def find_insecure(source: str, language: str | None) -> list[Finding]:
-    """Return the weaknesses in `source`."""
-    return []
+    """Return the weaknesses in one block; a language that is None is guessed from what the block says."""
+    name = language or languages.guess(source)
+    if name is None:
+        return []
+    text, lines = dedented(source)
+    findings = _found(text, name)
+    if lines:
+        starts, shifts = lines
+        findings = [
+            replace(
+                f,
+                start=f.start + shifts[bisect_right(starts, f.start) - 1],
+                end=f.end + shifts[bisect_right(starts, max(f.start, f.end - 1)) - 1],
+            )
+            for f in findings
+        ]
+    return findings
 
 
 def warm() -> None:
     """Load all rules."""
+    for name in languages.LANGUAGES:
+        load_language(name)
+
+
+def dedented(source: str) -> tuple[str, tuple[list[int], list[int]] | None]:
+    """Return `source` without an indent that all its lines share, and how offsets move back (line starts, shifts)."""
+    lines = source.splitlines(keepends=True)
+    filled = [line for line in lines if line.strip()]
+    margin = min((len(line) - len(line.lstrip(" \t")) for line in filled), default=0)
+    if margin == 0:
+        return source, None
+    starts, shifts, out, position, taken = [], [], [], 0, 0
+    for line in lines:
+        cut = min(margin, len(line) - len(line.lstrip(" \t")))
+        taken += cut
+        starts.append(position)
+        shifts.append(taken)
+        out.append(line[cut:])
+        position += len(line) - cut
+    return "".join(out), (starts, shifts)
+
+
+def _found(source: str, name: str) -> list[Finding]:
+    rules = load_language(name)
+    if rules is None:
+        return []
+    if not has_grammar(name):
+        text = plain.PlainText(source, name)
+        return _patterns(rules, text.code, text.masked, text.statements, [], name)
+    tree = Tree(source, name)
+    flow = Flow(tree, rules)
+    reached = flow.run()
+    functions = outermost_functions(tree.root) if name not in ("terraform",) else []
+    spans = plain.blocks(tree.masked) if name == "terraform" else _lines(tree.code)
+    findings = _patterns(rules, tree.code, tree.masked, spans, functions, name)
+    findings += [_finding(rule, node.start, node.end, name) for rule, node in reached]
+    file_facts: dict[int, bool] = {}
+    for callee, node, arguments in flow.calls:
+        for pattern in rules.patterns:
+            if (
+                pattern.call is not None
+                and pattern.call.search(callee)
+                and _call_fits(pattern, tree, node, arguments, functions, file_facts)
+            ):
+                findings.append(_finding(pattern.rule, node.start, node.end, name))
+    return findings
+
+
+def _call_fits(
+    pattern: Pattern,
+    tree: Tree,
+    node: Node,
+    arguments: Node | None,
+    functions: list[tuple[int, int]],
+    facts: dict[int, bool],
+) -> bool:
+    text = tree.text(arguments) if arguments is not None else ""
+    if pattern.masked and arguments is not None:
+        text = tree.masked[arguments.start : arguments.end]
+    if (pattern.args and not pattern.args.search(text)) or (pattern.args_lack and pattern.args_lack.search(text)):
+        return False
+    if not _file_fits(pattern, tree.code, facts):
+        return False
+    if not pattern.has and not pattern.lacks:
+        return True
+    start, end = _scope(pattern.scope, node.start, node.end, tree.code, [], functions)
+    return _scope_fits(pattern, tree.code[start:end])
+
+
+def _file_fits(pattern: Pattern, code: str, facts: dict[int, bool]) -> bool:
+    known = facts.get(id(pattern))
+    if known is None:
+        known = not (pattern.file_has and not pattern.file_has.search(code)) and not (
+            pattern.file_lacks and pattern.file_lacks.search(code)
+        )
+        facts[id(pattern)] = known
+    return known
+
+
+def _scope_fits(pattern: Pattern, scope: str) -> bool:
+    return all(p.search(scope) for p in pattern.has) and not any(p.search(scope) for p in pattern.lacks)
+
+
+def _patterns(
+    rules: Language, code: str, masked: str, spans: list[tuple[int, int]], functions: list[tuple[int, int]], name: str
+) -> list[Finding]:
+    findings = []
+    facts: dict[int, bool] = {}
+    for pattern in rules.patterns:
+        if (
+            pattern.match is None
+            or (pattern.need is not None and pattern.need not in code)
+            or not _file_fits(pattern, code, facts)
+        ):
+            continue
+        for match in pattern.match.finditer(masked if pattern.masked else code):
+            if not pattern.masked and not masked[match.start() : match.end()].strip():
+                continue  # all of it stands inside a string: it is talked about, not done
+            start, end = _scope(pattern.scope, match.start(), match.end(), code, spans, functions)
+            if _scope_fits(pattern, code[start:end]):
+                findings.append(_finding(pattern.rule, match.start(), match.end(), name))
+    return findings
+
+
+def _scope(
+    kind: str, start: int, end: int, code: str, spans: list[tuple[int, int]], functions: list[tuple[int, int]]
+) -> tuple[int, int]:
+    if kind == "file":
+        return 0, len(code)
+    if kind == "match":
+        return start, end
+    if kind == "before":
+        return max(0, start - _LOOK_BEHIND_CHARS), start
+    if kind == "after":
+        inside = _scope("function", start, end, code, spans, functions)
+        return end, inside[1]
+    if kind == "line":
+        last = code.find("\n", end)
+        return code.rfind("\n", 0, start) + 1, len(code) if last < 0 else last
+    for first, last in functions if kind == "function" else spans:
+        if first <= start < last:
+            return first, last
+    return 0, len(code)
+
+
+def outermost_functions(root: Node) -> list[tuple[int, int]]:
+    """Return the spans of the functions that stand in no other function, decorators included."""
+    spans, stack = [], [root]
+    while stack:
+        node = stack.pop()
+        if node.kind in _SCOPES:
+            start = (
+                node.parent.start
+                if node.parent is not None and node.parent.kind == "decorated_definition"
+                else node.start
+            )
+            spans.append((start, node.end))
+        else:
+            stack.extend(node.kids)
+    return spans
+
+
+def _lines(code: str) -> list[tuple[int, int]]:
+    return [match.span() for match in re.finditer(r"[^\n]*(?:\\\n[^\n]*)*", code)]
+
+
+def _finding(rule: Rule, start: int, end: int, language: str) -> Finding:
+    return Finding(
+        rule.id, "code", rule.severity, rule.message, start, end, rule.cwe, language=language, fix=rule.fix or None
+    )

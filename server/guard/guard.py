@@ -13,6 +13,7 @@ from server.types import Chat, Completion, Embedding, Finding, ScanMode, ScanRep
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+    from pathlib import Path
 
     from server.guard.scan import CodeScan
     from server.types import Delta, ModelRequest, Obligations, Outcome
@@ -25,13 +26,20 @@ class Guard:
         num_workers: Processes that judge code blocks; they start at the first block.
         timeout_s: Time one block may take before it counts as unscanned.
         memory_bytes: Address space a worker may have.
-        max_repairs: How often `repair` asks the model again for one block.
+        max_repairs: How often `repair` asks the model again for one answer.
+        rules: The folder of `configs/guard`; None for the one that ships with the source.
     """
 
     def __init__(
-        self, *, num_workers: int = 2, timeout_s: float = 2.0, memory_bytes: int = 2 << 30, max_repairs: int = 2
+        self,
+        *,
+        num_workers: int = 2,
+        timeout_s: float = 2.0,
+        memory_bytes: int = 2 << 30,
+        max_repairs: int = 2,
+        rules: Path | None = None,
     ) -> None:
-        self._pool = WorkerPool(num_workers=num_workers, timeout_s=timeout_s, memory_bytes=memory_bytes)
+        self._pool = WorkerPool(num_workers=num_workers, timeout_s=timeout_s, memory_bytes=memory_bytes, rules=rules)
         self._max_repairs = max_repairs
 
     async def warm(self) -> None:

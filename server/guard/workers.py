@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 from server.types import Finding
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from server.guard.scan import CodeScan
 
 _LIMIT_BYTES = 64 * 1024 * 1024
@@ -30,11 +32,14 @@ class _Worker:
         self.process = process
 
     @classmethod
-    async def start(cls, memory_bytes: int) -> _Worker:
+    async def start(cls, memory_bytes: int, rules: Path | None) -> _Worker:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        if rules is not None:
+            environment["STRONGROOM_GUARD_RULES"] = str(rules / "rules")
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "server.guard.worker", str(memory_bytes),
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
-            limit=_LIMIT_BYTES, env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+            limit=_LIMIT_BYTES, env=environment,
         )  # fmt: skip
         worker = cls(process)
         try:
@@ -78,9 +83,13 @@ class WorkerPool:
         num_workers: Processes at most; they start when there is a block to judge.
         timeout_s: How long one block may take, waiting for a free worker not counted.
         memory_bytes: Address space each worker may have; 0 for no limit.
+        rules: The folder that holds `rules/`; None for the one that ships with the source.
     """
 
-    def __init__(self, *, num_workers: int = 2, timeout_s: float = 2.0, memory_bytes: int = 2 << 30) -> None:
+    def __init__(
+        self, *, num_workers: int = 2, timeout_s: float = 2.0, memory_bytes: int = 2 << 30, rules: Path | None = None
+    ) -> None:
+        self._rules = rules
         self._slots = asyncio.Semaphore(num_workers)
         self._idle: list[_Worker] = []
         self._timeout_s = timeout_s
@@ -96,7 +105,7 @@ class WorkerPool:
         """Start one worker now, so that the first block does not wait for it."""
         async with self._slots:
             if not self._idle:
-                self._idle.append(await _Worker.start(self._memory_bytes))
+                self._idle.append(await _Worker.start(self._memory_bytes, self._rules))
 
     async def scan_code(self, source: str, language: str | None) -> CodeScan:
         """Return the findings in one block, or the reason why there is no verdict."""
@@ -107,7 +116,7 @@ class WorkerPool:
             keep = False
             try:
                 if worker is None or worker.process.returncode is not None:
-                    worker = await _Worker.start(self._memory_bytes)
+                    worker = await _Worker.start(self._memory_bytes, self._rules)
                 verdict = await asyncio.wait_for(worker.ask(source, language), self._timeout_s)
                 keep = True
             except TimeoutError:

@@ -172,3 +172,10 @@ def test_redacted_values_come_back_in_text_for_every_cut() -> None:
         for pieces in cuts(text).values():
             sent, _, _ = asyncio.run(play(pieces, mode, wanted))
             assert sent == text.replace(mark, "s3cr3t-value"), mode
+
+
+def test_raw_completions_are_held_to_their_end() -> None:
+    pieces = ["import os\n", "os.system(", "input())\n"]
+    sent, _, was_blocked = asyncio.run(play(pieces, ScanMode.BLOCK, request(raw=True)))
+    assert was_blocked
+    assert sent == ""

@@ -1,0 +1,268 @@
+# ruff: noqa: E501  # a pattern is read whole
+"""The rules of one language, loaded from `configs/guard/rules/`: data only, checked when loaded."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from server.errors import ConfigError
+
+# What a tainted value may be dangerous for; a sanitizer takes some of these away.
+DANGERS = (
+    "command", "sql", "code", "path", "html", "url", "redirect", "ldap", "xpath", "log", "regex", "deserialize", "format", "header",
+    "template", "xml", "nosql", "size", "prototype", "mail", "error", "import", "random",
+)  # fmt: skip
+BITS = {name: 1 << i for i, name in enumerate(DANGERS)}
+ALL = (1 << len(DANGERS)) - 1
+_SEVERITIES = frozenset({"low", "medium", "high", "critical"})
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What every kind of rule says of its finding."""
+
+    id: str
+    cwe: str
+    severity: str
+    message: str
+    fix: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sink:
+    """A call or an assignment that a tainted value must not reach.
+
+    `args` are positions or names (empty: any argument); `strong` asks for a value that came from outside, not just from a
+    parameter; `built` asks for a text put together from parts. `when` and `unless` look at the whole call's text.
+    """
+
+    rule: Rule
+    danger: int
+    call: re.Pattern[str] | None
+    assign: re.Pattern[str] | None
+    args: tuple[int | str, ...]
+    strong: bool
+    built: bool
+    receiver: bool
+    when: re.Pattern[str] | None
+    unless: re.Pattern[str] | None
+    unless_function: re.Pattern[str] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """A call, a node or a piece of text that is wrong by itself; `has` and `lacks` look at its scope."""
+
+    rule: Rule
+    call: re.Pattern[str] | None
+    match: re.Pattern[str] | None
+    masked: bool
+    scope: str
+    args: re.Pattern[str] | None
+    args_lack: re.Pattern[str] | None
+    has: tuple[re.Pattern[str], ...]
+    lacks: tuple[re.Pattern[str], ...]
+    file_has: re.Pattern[str] | None
+    file_lacks: re.Pattern[str] | None
+    need: str | None
+
+
+@dataclass(slots=True)
+class Language:
+    """Everything known of one language."""
+
+    name: str
+    sources: re.Pattern[str] | None = None
+    weak_sources: re.Pattern[str] | None = None
+    handler: re.Pattern[str] | None = None
+    strong_param: re.Pattern[str] | None = None
+    safe_type: re.Pattern[str] | None = None
+    ignored_param: re.Pattern[str] | None = None
+    sanitizers: list[tuple[re.Pattern[str], int]] = field(default_factory=list)
+    validators: list[tuple[re.Pattern[str], int]] = field(default_factory=list)
+    canonical: re.Pattern[str] | None = None
+    propagators: re.Pattern[str] | None = None
+    sinks: list[Sink] = field(default_factory=list)
+    patterns: list[Pattern] = field(default_factory=list)
+
+
+def rules_folder() -> Path:
+    """Return where the rules lie: the operator's folder, or the one that ships with the source."""
+    given = os.environ.get("STRONGROOM_GUARD_RULES")
+    if given:
+        return Path(given)
+    return Path(__file__).resolve().parent.parent.parent / "configs" / "guard" / "rules"
+
+
+@lru_cache(maxsize=32)
+def load_language(name: str) -> Language | None:
+    """Return the rules for `name`, or None where there are none.
+
+    Raises:
+        ConfigError: A rule file is missing a field, has an unknown one, or a pattern that does not compile.
+    """
+    folder = rules_folder()
+    if not folder.is_dir():
+        raise ConfigError(f"the guard's rules are not at {folder}: set the guard's rules folder, or install them there")
+    language = Language(name)
+    found = False
+    weaknesses = _load(folder / "weaknesses.yml")
+    for path in (folder / f"{name}.yml", *sorted((folder / name).glob("*.yml"))):
+        if path.is_file():
+            found = True
+            _merge(language, path, weaknesses, folder)
+    return language if found else None
+
+
+def _load(path: Path) -> dict[str, Any]:
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        value = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)  # noqa: S506  # the safe loader, in C where it is built
+    except (OSError, yaml.YAMLError) as err:
+        raise ConfigError(f"{path} is not a readable rule file: {type(err).__name__}") from err
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: expected a mapping at the top")
+    return value
+
+
+_TOP = frozenset(
+    {
+        "include", "sources", "weak_sources", "handler", "strong_param", "safe_type", "ignored_param", "sanitizers", "validators", "canonical",
+        "propagators", "flows", "patterns",
+    }
+)  # fmt: skip
+
+
+def _merge(language: Language, path: Path, weaknesses: dict[str, Any], folder: Path) -> None:
+    data = _load(path)
+    unknown = set(data) - _TOP
+    if unknown:
+        raise ConfigError(f"{path}: unknown field {sorted(unknown)[0]!r}; expected one of {', '.join(sorted(_TOP))}")
+    for name in data.get("include", []):
+        _merge(language, folder / f"{name}.yml", weaknesses, folder)
+    for name in (
+        "sources",
+        "weak_sources",
+        "handler",
+        "strong_param",
+        "safe_type",
+        "ignored_param",
+        "canonical",
+        "propagators",
+    ):
+        if name in data:
+            setattr(language, name, _regex(path, data[name]))
+    for target, entries in (
+        (language.sanitizers, data.get("sanitizers", {})),
+        (language.validators, data.get("validators", {})),
+    ):
+        for dangers, patterns in entries.items():
+            target += [(_compile(path, pattern), _mask(path, dangers)) for pattern in patterns]
+    for entry in data.get("flows", []):
+        language.sinks += _sinks(path, entry, weaknesses)
+    language.patterns += [_pattern(path, entry, weaknesses) for entry in data.get("patterns", [])]
+
+
+def _rule(path: Path, entry: dict[str, Any], weaknesses: dict[str, Any]) -> Rule:
+    try:
+        identifier, cwe = entry.pop("id"), entry.pop("cwe")
+    except KeyError as err:
+        raise ConfigError(f"{path}: a rule has no {err.args[0]!r}") from err
+    known = weaknesses.get(f"CWE-{cwe}", {})
+    severity = entry.pop("severity", known.get("severity", "medium"))
+    message, fix = entry.pop("message", known.get("message")), entry.pop("fix", known.get("fix", ""))
+    if severity not in _SEVERITIES or message is None:
+        raise ConfigError(f"{path}: rule {identifier}: no message for CWE-{cwe}, or a severity that is none")
+    return Rule(identifier, f"CWE-{cwe}", severity, message, fix)
+
+
+def _sinks(path: Path, given: dict[str, Any], weaknesses: dict[str, Any]) -> list[Sink]:
+    entry = dict(given)
+    rule = _rule(path, entry, weaknesses)
+    danger = _mask(path, entry.pop("danger"))
+    sinks = []
+    for given_sink in entry.pop("sinks"):
+        sink = {"call": given_sink} if isinstance(given_sink, str) else dict(given_sink)
+        args = sink.pop("args", [])
+        made = Sink(
+            rule,
+            danger,
+            _optional(path, sink.pop("call", None)),
+            _optional(path, sink.pop("assign", None)),
+            tuple(args if isinstance(args, list) else [args]),
+            bool(sink.pop("strong", False)),
+            bool(sink.pop("built", False)),
+            bool(sink.pop("receiver", False)),
+            _optional(path, sink.pop("when", None)),
+            _optional(path, sink.pop("unless", None)),
+            _optional(path, sink.pop("unless_function", None)),
+        )
+        _nothing_left(path, rule, sink)
+        sinks.append(made)
+    _nothing_left(path, rule, entry)
+    return sinks
+
+
+def _pattern(path: Path, given: dict[str, Any], weaknesses: dict[str, Any]) -> Pattern:
+    entry = dict(given)
+    rule = _rule(path, entry, weaknesses)
+    made = Pattern(
+        rule,
+        _optional(path, entry.pop("call", None)),
+        _optional(path, entry.pop("match", None)),
+        bool(entry.pop("masked", False)),
+        entry.pop("scope", "function"),
+        _optional(path, entry.pop("args", None)),
+        _optional(path, entry.pop("args_lack", None)),
+        tuple(_compile(path, p) for p in _listed(entry.pop("has", []))),
+        tuple(_compile(path, p) for p in _listed(entry.pop("lacks", []))),
+        _optional(path, entry.pop("file_has", None)),
+        _optional(path, entry.pop("file_lacks", None)),
+        entry.pop("need", None),
+    )
+    _nothing_left(path, rule, entry)
+    if (made.call is None) == (made.match is None):
+        raise ConfigError(f"{path}: rule {rule.id}: expected one of 'call' and 'match'")
+    return made
+
+
+def _nothing_left(path: Path, rule: Rule, entry: dict[str, Any]) -> None:
+    if entry:
+        raise ConfigError(f"{path}: rule {rule.id}: unknown field {sorted(entry)[0]!r}")
+
+
+def _listed(value: Any) -> list[str]:
+    return value if isinstance(value, list) else [value]
+
+
+def _mask(path: Path, dangers: str) -> int:
+    if dangers == "all":
+        return ALL
+    mask = 0
+    for name in dangers.split():
+        if name not in BITS:
+            raise ConfigError(f"{path}: unknown danger {name!r}; expected one of {', '.join(DANGERS)}")
+        mask |= BITS[name]
+    return mask
+
+
+def _regex(path: Path, value: str | list[str]) -> re.Pattern[str]:
+    return _compile(path, value if isinstance(value, str) else "|".join(value))
+
+
+def _optional(path: Path, value: str | list[str] | None) -> re.Pattern[str] | None:
+    return None if value is None else _regex(path, value)
+
+
+def _compile(path: Path, pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern, re.MULTILINE)
+    except re.error as err:
+        raise ConfigError(f"{path}: the pattern {pattern!r} does not compile: {err}") from err
