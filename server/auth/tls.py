@@ -1,0 +1,110 @@
+"""TLS of a listener: versions, ciphers, client certificates, and new certificates without a restart."""
+
+from __future__ import annotations
+
+import ssl
+import threading
+from typing import TYPE_CHECKING
+
+from server.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# TLS 1.2 with forward secrecy and authenticated encryption only; what 1.3 offers is all of that kind.
+CIPHERS_1_2 = "ECDHE+AESGCM:ECDHE+CHACHA20"
+CHECK_S = 1.0
+
+
+class TLSListener:
+    """The TLS settings of one listener; `context` is handed to the server, and new files are put into it.
+
+    Args:
+        certificate: Chain, PEM, the server's own first.
+        key: Private key, PEM.
+        client_ca: Who may have signed client certificates; None asks for none. A new file takes a restart.
+        require_client: Refuse clients without a certificate.
+
+    Raises:
+        ConfigError: A file is missing, damaged, or key and certificate don't fit.
+    """
+
+    def __init__(
+        self, certificate: Path, key: Path, *, client_ca: Path | None = None, require_client: bool = False
+    ) -> None:
+        if require_client and client_ca is None:
+            raise ConfigError("Client certificates are required, but no CA for them is set.")
+        self._files = (certificate, key)
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._stamp = self._look()
+        self.context = _new_context(certificate, key)
+        if client_ca is not None:
+            try:
+                self.context.load_verify_locations(client_ca)
+            except (OSError, ssl.SSLError) as error:
+                raise ConfigError(f"The client CA {client_ca} can't be used ({_told(error)}).") from error
+            self.context.verify_mode = ssl.CERT_REQUIRED if require_client else ssl.CERT_OPTIONAL
+
+    def poll(self) -> bool:
+        """Take new files over; return whether there were any. Connections that stand keep what they began with.
+
+        Raises:
+            ConfigError: The new files can't be used; the old ones stay in use.
+        """
+        stamp = self._look()
+        if stamp == self._stamp:
+            return False
+        # Tried on a context of its own first: half of a new pair must not reach the one in use.
+        _new_context(*self._files)
+        self.context.load_cert_chain(*self._files)
+        self._stamp = stamp
+        return True
+
+    def start(self) -> None:
+        """Look for new files in a thread from now on."""
+
+        def run() -> None:
+            while not self._stop.wait(CHECK_S):
+                try:
+                    self.poll()
+                except ConfigError:
+                    continue  # half of a pair was written: the other half comes, or the old pair goes on
+
+        self._thread = threading.Thread(target=run, name="tls-reload", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(timeout=10)
+
+    def _look(self) -> tuple[tuple[int, int], ...]:
+        try:
+            found = [path.stat() for path in self._files]
+        except OSError as error:
+            raise ConfigError(f"The TLS file {error.filename} can't be read ({error.strerror}).") from error
+        return tuple((one.st_mtime_ns, one.st_size) for one in found)
+
+
+def _new_context(certificate: Path, key: Path) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers(CIPHERS_1_2)
+    context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
+    context.set_alpn_protocols(["http/1.1"])
+    try:
+        context.load_cert_chain(certificate, key, password=_no_password)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"The TLS certificate {certificate} and its key can't be used ({_told(error)}).") from error
+    return context
+
+
+def _no_password() -> str:
+    """Answer for OpenSSL, which would otherwise ask on the terminal and hang."""
+    return ""
+
+
+def _told(error: OSError) -> str:
+    return str(getattr(error, "reason", None) or error.strerror or type(error).__name__)
