@@ -18,8 +18,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from serving_kernels import chacha20, poly1305
-from serving_kernels.launch import DEVICE_OPEN_PLAN, INTERPRETED
+from serving_kernels import chacha20, poly1305, token_mask
+from serving_kernels.launch import DEVICE_OPEN_PLAN, INTERPRETED, mask_words
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -144,6 +144,23 @@ def kernel_specs() -> tuple[KernelSpec, ...]:
             {},
             num_warps=1,
             max_registers=128,
+        ),
+        *(
+            KernelSpec(
+                f"token_mask.{name}",
+                token_mask.mask_logits,
+                {
+                    "logits_ptr": f"*{name}",
+                    "set_ptr": "*i32",
+                    "row_ptr": "*i32",
+                    **dict.fromkeys(("row_stride", "num_words", "num_tokens"), "i32"),
+                },
+                {"WORDS": mask_words(1 << 12, interpreted=False)},
+                num_warps=4,
+                max_registers=64,
+                divisible=frozenset({"row_stride", "num_words", "num_tokens"}),
+            )
+            for name in ("fp32", "bf16")
         ),
     )
 

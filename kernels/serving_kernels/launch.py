@@ -92,3 +92,8 @@ def open_plan(chunk_bytes: int, *, interpreted: bool) -> OpenPlan:
 def chunk_lanes(num_chunks: int) -> int:
     """How many chunks one program of a chunk-a-lane kernel takes: a warp's worth at most."""
     return int(min(32, triton.next_power_of_2(num_chunks)))
+
+
+def mask_words(num_words: int, *, interpreted: bool) -> int:
+    """How many words of a token set (32 tokens each) one program takes; 4,096 tokens on a device, 32 a thread."""
+    return int(triton.next_power_of_2(num_words)) if interpreted else 128

@@ -56,7 +56,8 @@ _EXTRA_ARGS: dict[str, str | None] = {
 }
 
 _KNOWN_ARGS = frozenset(_EXTRA_ARGS) | {
-    "--disable-fastapi-docs", "--disable-uvicorn-access-log", "--dtype", "--enable-auto-tool-choice",
+    "--additional-config", "--disable-fastapi-docs", "--disable-uvicorn-access-log", "--dtype",
+    "--enable-auto-tool-choice",
     "--enable-prefix-caching", "--enable-prompt-tokens-details", "--enforce-eager", "--generation-config",
     "--gpu-memory-utilization", "--load-format", "--lora-modules", "--max-model-len", "--max-num-seqs", "--model",
     "--model-loader-extra-config", "--no-enable-prefix-caching", "--quantization", "--reasoning-parser", "--runner",
@@ -147,6 +148,8 @@ class EngineConfig:
         reasoning_parser: vLLM's parser for the thoughts of this model, or None.
         adapters: LoRA adapters by name, each a folder.
         manifest_sha256: Digest of the manifest that was verified; the loader opens no other.
+        ban_control_tokens: Never let the model say a control token other than those that end an answer.
+        keep_control_tokens: Texts of control tokens that it may say all the same (a tool parser's markers).
         extra_args: Further options of vLLM, from an allow-list.
     """
 
@@ -169,6 +172,8 @@ class EngineConfig:
     reasoning_parser: str | None = None
     adapters: Mapping[str, Path] = field(default_factory=dict)
     manifest_sha256: str | None = None
+    ban_control_tokens: bool = False
+    keep_control_tokens: tuple[str, ...] = ()
     extra_args: Mapping[str, str | None] = field(default_factory=dict)
     network_isolation: NetworkIsolation = "auto"
 
@@ -187,6 +192,11 @@ class EngineConfig:
             raise ConfigError(f"{where}: load_format '{self.load_format}' is refused; expected one of {LOAD_FORMATS}.")
         if self.max_model_len < 1 or (self.kv_cache_gb is not None and self.kv_cache_gb < 1) or self.ngram_tokens < 0:
             raise ConfigError(f"{where}: max_model_len, kv_cache_gb must be at least 1, ngram_tokens at least 0.")
+        if self.ban_control_tokens and self.ngram_tokens:
+            # vLLM leaves every logits processor of ours out, without a word, where it speculates.
+            raise ConfigError(
+                f"{where}: ban_control_tokens has no effect while ngram_tokens is on; choose one of them."
+            )
         for option, value in self.extra_args.items():
             if option in _WEAKENING_ARGS:
                 raise ConfigError(f"{where}: the option {option} is refused: {_WEAKENING_ARGS[option]}.")
@@ -233,6 +243,9 @@ def build_engine_argv(config: EngineConfig, socket_path: Path, *, python: str = 
             args += ["--speculative-config", orjson.dumps(speculation).decode()]
         if config.reasoning_parser is not None:
             args += ["--reasoning-parser", config.reasoning_parser]
+        if config.ban_control_tokens:
+            bans = {"control_tokens": True, "keep": list(config.keep_control_tokens)}
+            args += ["--additional-config", orjson.dumps({"strongroom_token_bans": bans}).decode()]
         if config.tool_parser is not None:
             args += ["--enable-auto-tool-choice", "--tool-call-parser", config.tool_parser]
     if config.adapters:
