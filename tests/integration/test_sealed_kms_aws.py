@@ -1,8 +1,8 @@
 """AWS KMS against moto's server: the wire calls and the context.
 
 What moto does not prove: it decrypts with a disabled key and with one pending deletion, checks no IAM policy and no
-grant, and never throttles. Those refusals come from a server of this file, in the service's wire form, and a real botocore
-client parses them.
+grant, and never throttles. Those refusals come from a server of this file, in the service's wire form, and a real
+botocore client parses them.
 """
 
 from __future__ import annotations

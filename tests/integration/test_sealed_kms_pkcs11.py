@@ -1,6 +1,6 @@
 """A PKCS#11 HSM (SoftHSM2): release, wrong PIN, key destroyed, token gone, extractable key; signing on the token."""
 
-# apt: softhsm2
+# apt: softhsm2 softhsm2-common
 
 from __future__ import annotations
 
