@@ -195,7 +195,8 @@ class Prompt:
     """What goes to the engine: token ids made by us, with the text they spell.
 
     `inputs` holds one list of ids an input where the request has several (embeddings); `token_ids` is empty then.
-    `stand_in` names what stands in for the template where the wire format has no turns.
+    `stand_in` names what stands in for the template where the wire format has no turns. `shadow` is the candidate that
+    a shadow roll-out would have put there; it is for the record only.
     """
 
     text: str
@@ -203,6 +204,7 @@ class Prompt:
     template: TemplateRef
     stand_in: str | None = None
     inputs: tuple[list[int], ...] = ()
+    shadow: TemplateRef | None = None
 
     @property
     def num_tokens(self) -> int:

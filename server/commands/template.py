@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace, lock_path: Path, rollout_path: Path) -> int:
-    loaded = room.TemplateRegistry.load(args.directory, lock_path, rollout=Rollout.load(rollout_path))
+    loaded = room.TemplateRegistry.load(args.directory, lock_path, rollout_path=rollout_path)
     rows = [
         {
             "id": t.id,
@@ -88,7 +88,7 @@ def _list(args: argparse.Namespace, lock_path: Path, rollout_path: Path) -> int:
 
 
 def _show(args: argparse.Namespace, lock_path: Path, rollout_path: Path) -> int:
-    loaded = room.TemplateRegistry.load(args.directory, lock_path, rollout=Rollout.load(rollout_path))
+    loaded = room.TemplateRegistry.load(args.directory, lock_path, rollout_path=rollout_path)
     template = _find(loaded, args.id, args.version)
     if args.json:
         data = {**dataclasses.asdict(template), "formats": sorted(template.formats)}
@@ -99,7 +99,7 @@ def _show(args: argparse.Namespace, lock_path: Path, rollout_path: Path) -> int:
 
 
 def _render(args: argparse.Namespace, lock_path: Path, rollout_path: Path) -> int:
-    loaded = room.TemplateRegistry.load(args.directory, lock_path, rollout=Rollout.load(rollout_path))
+    loaded = room.TemplateRegistry.load(args.directory, lock_path, rollout_path=rollout_path)
     composed = loaded.compose(args.ids, _parse_variables(args.set), subject=args.subject)
     if args.json:
         ref = dataclasses.asdict(composed.ref)
@@ -111,7 +111,7 @@ def _render(args: argparse.Namespace, lock_path: Path, rollout_path: Path) -> in
 
 
 def _test(args: argparse.Namespace, lock_path: Path, rollout_path: Path) -> int:
-    loaded = room.TemplateRegistry.load(args.directory, lock_path, rollout=Rollout.load(rollout_path))
+    loaded = room.TemplateRegistry.load(args.directory, lock_path, rollout_path=rollout_path)
     templates = [t for versions in loaded.templates.values() for t in versions.values()]
     num_cases = sum(len(t.cases) for t in templates)
     if args.json:
@@ -148,8 +148,8 @@ def _lock(args: argparse.Namespace, lock_path: Path, rollout_path: Path) -> int:
 
 
 def _rollout(args: argparse.Namespace, lock_path: Path, rollout_path: Path) -> int:
-    rollout = Rollout.load(rollout_path)
-    loaded = room.TemplateRegistry.load(args.directory, lock_path, rollout=rollout)
+    loaded = room.TemplateRegistry.load(args.directory, lock_path, rollout_path=rollout_path)
+    rollout = loaded.rollout
     if args.id is None:
         print(rollout.encode().decode(), end="")
         return 0

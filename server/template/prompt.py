@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from server.template.registry import ComposedTemplate, TemplateRegistry
-    from server.types import ModelRequest, Obligations, Principal
+    from server.types import ModelRequest, Obligations, Payload, Principal
 
 # What a model directory may hold for us; whoever opens a sealed model passes these files.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json")
@@ -98,8 +99,13 @@ class PromptBuilder:
         composed = self._registry.compose(obligations.templates, self._variables, subject=principal.subject)
         self._verify_block(composed)
         self._verify_bias(request.sampling.get("logit_bias"))
-        payload = request.payload
-        space = principal.tenant
+        prompt = self._render_payload(request.payload, composed, obligations, principal.tenant)
+        shadow = self._registry.shadow(obligations.templates, self._variables, subject=principal.subject)
+        return prompt if shadow is None else replace(prompt, shadow=shadow.ref)
+
+    def _render_payload(
+        self, payload: Payload, composed: ComposedTemplate, obligations: Obligations, space: str
+    ) -> Prompt:
         if isinstance(payload, Chat):
             return self._render_chat(payload, composed, space)
         stand_in = _parse_stand_in(obligations.stand_in)

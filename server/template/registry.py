@@ -19,13 +19,12 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from typing_extensions import override
 
 from server.errors import ConfigError, RequestError
+from server.template.rollout import Rollout
 from server.types import TemplateRef
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
-
-    from server.template.rollout import Rollout
 
 MAX_TEMPLATE_BYTES = 64 * 1024
 MAX_COMPOSED = 1024
@@ -131,7 +130,8 @@ class TemplateRegistry:
         lock_path: The lock with the digest of each file.
         require_signature: Refuse a lock without a valid signature beside it.
         public_key: Ed25519 key (32 raw bytes) that signs locks.
-        rollout: Which version a subject gets; the newest where None.
+        rollout_path: Says which version a subject gets; `rollout.json` in the directory where None. A template that it
+            does not name is served in its newest version.
     """
 
     def __init__(
@@ -141,13 +141,15 @@ class TemplateRegistry:
         *,
         require_signature: bool = False,
         public_key: bytes | None = None,
-        rollout: Rollout | None = None,
+        rollout_path: Path | None = None,
     ) -> None:
         self._directory = directory
         self._lock_path = lock_path
         self._require_signature = require_signature
         self._public_key = public_key
-        self.rollout = rollout
+        self._rollout_path = rollout_path or directory / "rollout.json"
+        self._seen: tuple[int, ...] = ()
+        self.rollout = Rollout()
         self.templates: dict[str, dict[str, Template]] = {}
         self._composed: OrderedDict[tuple[Any, ...], ComposedTemplate] = OrderedDict()
 
@@ -159,7 +161,7 @@ class TemplateRegistry:
         *,
         require_signature: bool = False,
         public_key: bytes | None = None,
-        rollout: Rollout | None = None,
+        rollout_path: Path | None = None,
     ) -> TemplateRegistry:
         """Return a registry with every template of `directory`.
 
@@ -167,7 +169,11 @@ class TemplateRegistry:
             ConfigError: A template is broken, not in the lock, other than locked, or unsigned where that is demanded.
         """
         registry = cls(
-            directory, lock_path, require_signature=require_signature, public_key=public_key, rollout=rollout
+            directory,
+            lock_path,
+            require_signature=require_signature,
+            public_key=public_key,
+            rollout_path=rollout_path,
         )
         registry.reload()
         return registry
@@ -178,16 +184,43 @@ class TemplateRegistry:
         Raises:
             ConfigError: As `load`.
         """
+        self._seen = self._look()
         lock = load_lock(self._lock_path, require_signature=self._require_signature, public_key=self._public_key)
         templates = load_directory(self._directory)
         verify_lock(templates, lock)
         for versions in templates.values():
             for template in versions.values():
                 verify_cases(template)
-        if self.rollout is not None:
-            self.rollout.verify(templates)
-        self.templates = templates
+        verify_variables(templates)
+        rollout = Rollout.load(self._rollout_path)
+        rollout.verify(templates)
+        self.templates, self.rollout = templates, rollout
         self._composed = OrderedDict()
+
+    def poll(self) -> bool:
+        """Reload where the lock or the roll-out file has changed since the last load; return whether it did.
+
+        A set that is refused is not tried again until one of the two files changes once more.
+
+        Raises:
+            ConfigError: As `load`; the old set stays.
+        """
+        if self._look() == self._seen:
+            return False
+        self.reload()
+        return True
+
+    def _look(self) -> tuple[int, ...]:
+        """Return what tells one state of the two deciding files from another."""
+        state: list[int] = []
+        for path in (self._lock_path, self._rollout_path):
+            try:
+                stat = path.stat()
+            except OSError:
+                state += (0, 0, 0)
+            else:
+                state += (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+        return tuple(state)
 
     def compose(
         self, ids: Sequence[str], variables: Mapping[str, Any] | None = None, *, subject: str = ""
@@ -207,7 +240,7 @@ class TemplateRegistry:
         self, ids: Sequence[str], variables: Mapping[str, Any] | None = None, *, subject: str = ""
     ) -> ComposedTemplate | None:
         """Return what the candidate versions in shadow would give for this subject; None where none is in shadow."""
-        if self.rollout is None or not any(self.rollout.shadow_version(name) for name in ids):
+        if not any(self.rollout.shadow_version(name) for name in ids):
             return None
         chosen = [
             self.templates[name][self.rollout.shadow_version(name) or self._choose(name, subject).version]
@@ -221,8 +254,7 @@ class TemplateRegistry:
             raise ConfigError(
                 f"Template '{name}' is not loaded. Add it to the templates directory and lock it, or mend the policy."
             )
-        version = self.rollout.version_for(name, subject) if self.rollout is not None else None
-        return versions[version or newest(versions)]
+        return versions[self.rollout.version_for(name, subject) or newest(versions)]
 
     def _compose(self, chosen: list[Template], variables: Mapping[str, Any]) -> ComposedTemplate:
         chosen = sorted(chosen, key=lambda t: SCOPES.index(t.scope))
@@ -354,6 +386,24 @@ def verify_cases(template: Template) -> None:
         for unwanted in case.absent:
             if unwanted in text:
                 raise ConfigError(f"{where}: the text holds {unwanted!r}.")
+
+
+def verify_variables(templates: Mapping[str, Mapping[str, Template]]) -> None:
+    """Check that a variable means the same in every template, since one value serves all that are put together.
+
+    Raises:
+        ConfigError: Two templates give one name different schemas; named.
+    """
+    owners: dict[str, Template] = {}
+    for versions in templates.values():
+        for template in versions.values():
+            for name, schema in template.variables.items():
+                owner = owners.setdefault(name, template)
+                if owner.id != template.id and owner.variables[name] != schema:
+                    raise ConfigError(
+                        f"Templates {owner.id} and {template.id} give the variable {name!r} different schemas. "
+                        "Rename one."
+                    )
 
 
 def load_lock(

@@ -44,7 +44,24 @@ def lock(folder: Path) -> Path:
 def test_what_ships_loads():
     folder = Path(__file__).parents[3] / "configs" / "templates"
     loaded = room.TemplateRegistry.load(folder, folder / "templates.lock")
-    assert "secure-coding" in loaded.templates
+    assert set(loaded.templates) == {
+        *("secure-coding", "python", "javascript", "java", "go", "c-cpp", "rust", "sql", "shell", "infrastructure"),
+        *("review", "tests", "refactor", "explain", "commit-message", "structured-extraction"),
+    }
+    for versions in loaded.templates.values():
+        for template in versions.values():
+            assert template.standards
+            assert template.cases
+            assert template.preamble or "fim" not in template.formats
+
+
+def test_all_that_ships_composes():
+    folder = Path(__file__).parents[3] / "configs" / "templates"
+    loaded = room.TemplateRegistry.load(folder, folder / "templates.lock")
+    composed = loaded.compose(sorted(loaded.templates, reverse=True), {"organisation": "Example Ltd"})
+    assert composed.text.startswith("## Security rules of Example Ltd")
+    assert composed.text.index("### Python") < composed.text.index("### Task: review")
+    assert "{{" not in composed.text
 
 
 def test_composition_order_is_by_scope_and_digest_is_of_the_text(tmp_path: Path):
@@ -130,6 +147,13 @@ def test_variable_outside_its_schema_is_refused(tmp_path: Path, given: dict[str,
         room.TemplateRegistry.load(tmp_path, lock(tmp_path)).compose(["base"], given)
 
 
+def test_variable_with_two_meanings_is_refused(tmp_path: Path):
+    write(tmp_path, more="variables:\n  kind: {type: string, default: a}\n")
+    write(tmp_path, "other", more="variables:\n  kind: {type: integer, default: 1}\n")
+    with pytest.raises(ConfigError, match="base and other give the variable 'kind' different schemas"):
+        room.TemplateRegistry.load(tmp_path, lock(tmp_path))
+
+
 def test_failing_case_is_refused(tmp_path: Path):
     write(tmp_path, more="cases:\n  - {name: c, contains: [nowhere]}\n")
     with pytest.raises(ConfigError, match=r"base 1\.0\.0, case 'c': the text lacks 'nowhere'"):
@@ -150,8 +174,8 @@ def test_rollout_gives_each_subject_always_the_same_version(tmp_path: Path):
     subjects = [f"subject-{n}" for n in range(2000)]
 
     def chosen(percent: float) -> dict[str, str]:
-        rollout = Rollout({"base": Stage("1.0.0", "1.1.0", percent)})
-        loaded = room.TemplateRegistry.load(tmp_path, path, rollout=rollout)
+        (tmp_path / "rollout.json").write_bytes(Rollout({"base": Stage("1.0.0", "1.1.0", percent)}).encode())
+        loaded = room.TemplateRegistry.load(tmp_path, path)
         return {s: loaded.compose(["base"], subject=s).ref.version for s in subjects}
 
     ten, again, fifty = chosen(10), chosen(10), chosen(50)
@@ -166,8 +190,8 @@ def test_rollout_gives_each_subject_always_the_same_version(tmp_path: Path):
 def test_shadow_is_composed_but_given_to_nobody(tmp_path: Path):
     write(tmp_path)
     write(tmp_path, version="1.1.0")
-    rollout = Rollout({"base": Stage("1.0.0", "1.1.0", 100, shadow=True)})
-    loaded = room.TemplateRegistry.load(tmp_path, lock(tmp_path), rollout=rollout)
+    (tmp_path / "rollout.json").write_bytes(Rollout({"base": Stage("1.0.0", "1.1.0", 100, shadow=True)}).encode())
+    loaded = room.TemplateRegistry.load(tmp_path, lock(tmp_path))
     assert loaded.compose(["base"], subject="ann").ref.version == "1.0.0"
     shadow = loaded.shadow(["base"], subject="ann")
     assert shadow is not None
@@ -176,8 +200,24 @@ def test_shadow_is_composed_but_given_to_nobody(tmp_path: Path):
 
 def test_rollout_of_an_unloaded_version_is_refused(tmp_path: Path):
     write(tmp_path)
+    (tmp_path / "rollout.json").write_bytes(Rollout({"base": Stage("9.0.0")}).encode())
     with pytest.raises(ConfigError, match=r"base 9\.0\.0, which is not loaded"):
-        room.TemplateRegistry.load(tmp_path, lock(tmp_path), rollout=Rollout({"base": Stage("9.0.0")}))
+        room.TemplateRegistry.load(tmp_path, lock(tmp_path))
+
+
+def test_poll_reloads_on_change_and_keeps_the_old_set_on_error(tmp_path: Path):
+    write(tmp_path)
+    loaded = room.TemplateRegistry.load(tmp_path, lock(tmp_path))
+    assert loaded.poll() is False
+    write(tmp_path, version="2.0.0")
+    lock(tmp_path)
+    assert loaded.poll() is True
+    assert loaded.compose(["base"]).ref.version == "2.0.0"
+    (tmp_path / "templates.lock").write_text("broken")
+    with pytest.raises(ConfigError, match="can't be parsed"):
+        loaded.poll()
+    assert loaded.poll() is False
+    assert loaded.compose(["base"]).ref.version == "2.0.0"
 
 
 def test_rollout_file_round_trips(tmp_path: Path):
