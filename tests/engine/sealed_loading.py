@@ -1,6 +1,7 @@
 """Load model folders with vLLM's own model classes in this process; run by tests and benchmarks as a program.
 
-`python -m tests.engine.sealed_loading JOB.json`: a job names `plain` and `sealed` folders, `signer`, `key`; prints one JSON line.
+`python -m tests.engine.sealed_loading JOB.json`; a job names `plain` and `sealed` folders, `signer`, `key`;
+prints one JSON line.
 """
 
 from __future__ import annotations

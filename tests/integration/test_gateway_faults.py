@@ -1,4 +1,4 @@
-"""What breaks while requests run: clients that leave, engines and writers that die, stops; and what is then on record."""
+"""What breaks while requests run: clients leave, engines and writers die, the server stops; and what is on record."""
 
 import json
 import socket
@@ -62,8 +62,7 @@ def test_a_client_that_never_reads_is_given_up(kit):
     kit.control(num_tokens=2000, text="word " * 3_000_000)
     sock = raw_request(kit, {**CHAT, "stream": True, "max_tokens": 3000})
     try:
-        wait_until(lambda: kit.stats()["running"] == 1, limit_s=5)
-        wait_until(lambda: outcomes(kit) == ["aborted"], limit_s=10)
+        wait_until(lambda: outcomes(kit) == ["aborted"], limit_s=15)
         assert kit.stats()["running"] == 0
     finally:
         sock.close()

@@ -1,14 +1,15 @@
 """Every route that reaches a model, against every control: a route that lacks one fails here."""
 
 import json
+from typing import Any
 
 import httpx
 import pytest
-from tests.integration.gateway_kit import EMBEDDER, MODEL
 
 from server.api.public import MODEL_ROUTES
+from tests.integration.gateway_kit import EMBEDDER, MODEL
 
-BODIES = {
+BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]},
     "/v1/completions": {"model": MODEL, "prompt": "def f():"},
     "/v1/responses": {"model": MODEL, "input": "hi"},
