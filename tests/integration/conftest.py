@@ -5,7 +5,7 @@ from __future__ import annotations
 import httpx
 import pytest
 
-from tests.integration.gateway_kit import GatewayKit, make_kit, wait_until
+from benchmarks.gateway.kit import GatewayKit, make_kit, wait_until
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from server.audit.verify import Verifier
-from tests.integration.gateway_kit import MODEL, wait_until
+from benchmarks.gateway.kit import MODEL, wait_until
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
 

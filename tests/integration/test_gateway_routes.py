@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from server.api.public import MODEL_ROUTES
-from tests.integration.gateway_kit import EMBEDDER, MODEL
+from benchmarks.gateway.kit import EMBEDDER, MODEL
 
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]},
