@@ -184,16 +184,18 @@ class Choice:
         )
         self.reasoning = Channel(f"choices[{index}].reasoning", mode, TextHold(), {})
 
-    def push(self, delta: Delta) -> None:
-        """Take the next delta."""
-        self._queue.append(delta)
-        if delta.text:
-            self.content.hold.push(delta.text)
-        if delta.reasoning:
-            self.reasoning.hold.push(delta.reasoning)
-        for call in delta.tool_calls or ():
-            function = call.get("function") or {}
-            self._arguments.setdefault(call.get("index", 0), []).append(function.get("arguments") or "")
+    def push(self, deltas: list[Delta]) -> None:
+        """Take the next deltas. Their text is looked at as one piece: what may leave does not depend on the cuts."""
+        self._queue.extend(deltas)
+        text = "".join([delta.text for delta in deltas])
+        if text:
+            self.content.hold.push(text)
+        for delta in deltas:
+            if delta.reasoning:
+                self.reasoning.hold.push(delta.reasoning)
+            for call in delta.tool_calls or ():
+                function = call.get("function") or {}
+                self._arguments.setdefault(call.get("index", 0), []).append(function.get("arguments") or "")
 
     def cancel(self) -> None:
         """Forget what is still being judged."""
@@ -376,12 +378,15 @@ async def released(
     try:
         async for batch in deltas:
             out: list[Delta] = []
+            parts: dict[int, list[Delta]] = {}
             for delta in batch:
-                choice = choices.get(delta.index)
+                parts.setdefault(delta.index, []).append(delta)
+            for index, part in parts.items():
+                choice = choices.get(index)
                 if choice is None:
-                    choice = choices[delta.index] = Choice(delta.index, request, mode)
-                choice.push(delta)
-                if delta.finish_reason is not None and not choice.finished:
+                    choice = choices[index] = Choice(index, request, mode)
+                choice.push(part)
+                if not choice.finished and any(delta.finish_reason is not None for delta in part):
                     await choice.finish(scan_code, repair)
             for choice in choices.values():
                 if not choice.finished:

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
+
+import hyperscan
 
 from server.types import Finding
 
@@ -399,8 +402,43 @@ _LINE_WORDS = tuple(sorted({w for c in _CONTEXTS for w in c.needs} | set(_NAME_W
 
 def has_context(line: str) -> bool:
     """Whether `line` holds a word without which no context rule matches; a cheap first look."""
-    low = line.lower()
-    return any(word in low for word in _LINE_WORDS)
+    return not _words().found(line).isdisjoint(_LINE_WORDS)
+
+
+class _Words:
+    """Finds which of many words a text holds in one pass: Hyperscan, for a search each costs a rule's time or more."""
+
+    def __init__(self, exact: tuple[str, ...], caseless: tuple[str, ...]) -> None:
+        self._words = (*exact, *caseless)
+        flags = [hyperscan.HS_FLAG_SINGLEMATCH] * len(exact)
+        flags += [hyperscan.HS_FLAG_SINGLEMATCH | hyperscan.HS_FLAG_CASELESS] * len(caseless)
+        self._database = hyperscan.Database()
+        self._database.compile(
+            expressions=[re.escape(word).encode() for word in self._words],
+            ids=list(range(len(self._words))),
+            flags=flags,
+        )
+        self._scratch = threading.local()  # one scan at a time may use a scratch space
+
+    def found(self, text: str) -> set[str]:
+        """Return the words that stand in `text`."""
+        scratch = getattr(self._scratch, "value", None)
+        if scratch is None:
+            scratch = self._scratch.value = hyperscan.Scratch(self._database)
+        found: set[str] = set()
+        words = self._words
+
+        def on_match(index: int, _start: int, _end: int, _flags: int, _context: object) -> None:
+            found.add(words[index])
+
+        self._database.scan(text.encode("utf-8", "surrogatepass"), match_event_handler=on_match, scratch=scratch)
+        return found
+
+
+@lru_cache(maxsize=1)
+def _words() -> _Words:
+    exact = {*_LITERALS, *(literal for _, literal, _ in _compiled()[1]), _PEM_BEGIN}
+    return _Words(tuple(sorted(exact)), _LINE_WORDS)
 
 
 def _contexts(line: str, *, live: bool) -> Iterator[tuple[str, str, re.Match[str], str]]:
@@ -535,8 +573,11 @@ def _finding(rule: str, start: int, end: int, message: str) -> Finding:
 
 def _spans(text: str) -> Iterator[Finding]:
     tokens, anchored = _compiled()
+    words = _words().found(text)
+    if not words:
+        return
     for rule, literals, pattern, floor in tokens:
-        if not any(literal in text for literal in literals):
+        if words.isdisjoint(literals):
             continue
         for match in pattern.finditer(text):
             value = match["v"]
@@ -550,7 +591,7 @@ def _spans(text: str) -> Iterator[Finding]:
                     rule, match.start(), match.end(), f"A credential in the format of {rule} is written in the text."
                 )
     for rule, literal, pattern in anchored:
-        if literal not in text:
+        if literal not in words:
             continue
         for match in pattern.finditer(text):
             if not _is_example(match["v"]) and entropy_bits(match["v"]) >= 3.0:
@@ -560,12 +601,12 @@ def _spans(text: str) -> Iterator[Finding]:
                     match.end("v"),
                     f"A credential in the format of {rule} is written in the text.",
                 )
-    if _PEM_BEGIN in text:
+    if _PEM_BEGIN in words:
         for match in _PEM.finditer(text):
             compact = "".join(match["b"].split())
             if len(compact) >= 32 and not _is_monotone(compact) and not _KEY_ELIDED.search(match["b"]):
                 yield _finding("private-key", match.start(), match.end(), "A private key is written in the text.")
-    if has_context(text):
+    if not words.isdisjoint(_LINE_WORDS):
         for start, line in _lines(text):
             if has_context(line):
                 for rule, kind, match, key in _contexts(line, live=False):
