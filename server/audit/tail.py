@@ -1,4 +1,4 @@
-"""Reads a live log from its end, or from any entry on, without the writer."""
+"""Reads a log's journal from any entry on, live or at rest, without the writer."""
 
 from __future__ import annotations
 
@@ -16,32 +16,69 @@ if TYPE_CHECKING:
     from server.audit.journal import Commit
 
 _POLL_S = 0.2
+_MAX_LINE_BYTES = 1_024
 
 
-def read_commits_from(directory: Path, index: int) -> Iterator[Commit]:
-    """Yield the durable commits that hold entry `index` or later ones, up to the journal's present end.
+class Cursor:
+    """A place in a journal that moves forward; what has been read is not read again.
 
-    Raises:
-        TileError: The journal is damaged before its last commit.
+    Args:
+        directory: The log.
+        index: The first entry wanted; entries that were pruned are passed over.
     """
-    segments = journal.list_segments(directory)
-    for number, (first, path) in enumerate(segments):
-        if number + 1 < len(segments) and segments[number + 1][0] <= index:
-            continue
-        with path.open("rb") as file:
-            file.readline(1024)
+
+    def __init__(self, directory: Path, index: int = 0) -> None:
+        self._directory = directory
+        self._segment: Path | None = None
+        self._offset = 0
+        self._at = 0
+        self.index = index
+
+    def read(self) -> Iterator[tuple[Path, Commit]]:
+        """Yield (segment, commit) of what has become durable and holds entries from `index` on.
+
+        Raises:
+            TileError: The journal is damaged before its last commit.
+        """
+        while True:
+            segments = journal.list_segments(self._directory)
+            if self._segment is None:
+                if not segments:
+                    return
+                started = [(first, path) for first, path in segments if first <= self.index] or segments[:1]
+                self._enter(*started[-1])
+            yield from self._read_segment()
+            following = [(first, path) for first, path in segments if first == self._at and path != self._segment]
+            if not following:
+                return
+            self._enter(*following[0])
+
+    def _enter(self, first: int, path: Path) -> None:
+        self._segment, self._offset, self._at = path, 0, first
+
+    def _read_segment(self) -> Iterator[tuple[Path, Commit]]:
+        assert self._segment is not None  # noqa: S101 - set by `read`
+        with self._segment.open("rb") as file:
+            if not self._offset:
+                line = file.readline(_MAX_LINE_BYTES)
+                if not line.endswith(b"\n"):
+                    return
+                self._offset = len(line)
+            file.seek(self._offset)
             try:
-                for commit in journal.read_commits(file, first):
-                    if commit.first + commit.count > index:
-                        yield commit
+                for commit in journal.read_commits(file, self._at):
+                    self._offset, self._at = commit.end, commit.first + commit.count
+                    if self._at > self.index:
+                        yield self._segment, commit
+                        self.index = self._at
             except JournalError as err:
-                if not err.torn_bytes:  # at the end: the writer is in the middle of it
-                    raise TileError(f"{path.name}: {err}") from err
+                if not err.torn_bytes:  # torn at the end: the writer is in the middle of it
+                    raise TileError(f"{self._segment.name}: {err}") from err
 
 
 def entries_from(directory: Path, index: int) -> Iterator[tuple[int, bytes]]:
     """Yield (index, entry) from `index` on, up to the journal's present end."""
-    for commit in read_commits_from(directory, index):
+    for _, commit in Cursor(directory, index).read():
         for at, entry in enumerate(split_entries(commit.entries), commit.first):
             if at >= index:
                 yield at, entry
@@ -51,7 +88,7 @@ def journal_size(directory: Path) -> int:
     """Return how many entries the log has, pruned ones included."""
     segments = journal.list_segments(directory)
     size = segments[-1][0] if segments else 0
-    for commit in read_commits_from(directory, size):
+    for _, commit in Cursor(directory, size).read():
         size = commit.first + commit.count
     return size
 
@@ -71,9 +108,11 @@ def follow(
         index: Where to begin; None for what comes from now on.
         sleep: Waits between looks.
     """
-    at = journal_size(directory) if index is None else index
+    wanted = journal_size(directory) if index is None else index
+    cursor = Cursor(directory, wanted)
     while True:
-        for found, entry in entries_from(directory, at):
-            yield found, entry
-            at = found + 1
+        for _, commit in cursor.read():
+            for at, entry in enumerate(split_entries(commit.entries), commit.first):
+                if at >= wanted:
+                    yield at, entry
         sleep(_POLL_S)

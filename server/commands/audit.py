@@ -2,31 +2,63 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import signal
+import sqlite3
 import sys
 import time
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
-from server.audit.checkpoint import NoteError, VerifierKey
+from server.audit.checkpoint import COSIGNATURE_ED25519, NoteError, VerifierKey, load_audit_key, new_audit_key
+from server.audit.client import SyncAuditClient
+from server.audit.entry import EntryError, new_entry
+from server.audit.export.files import FileSink
+from server.audit.export.shapes import SHAPES
+from server.audit.export.ship import Shipper
+from server.audit.export.syslog import SyslogSink
+from server.audit.journal import JournalError
 from server.audit.merkle import ProofError
 from server.audit.proof import NotPublishedError, Receipt, new_receipt, verify_receipt
+from server.audit.prune import RetentionPolicy, plan, prune
+from server.audit.search import Query, SearchIndex
+from server.audit.tags import Event
 from server.audit.tail import follow, last_entries
 from server.audit.tiles import TileError
 from server.audit.verify import VerificationError, Verifier, describe
-from server.errors import AuditLogError, ConfigError, NotFoundError
+from server.audit.witness import Witness, WitnessError, make_server, submit
+from server.errors import AuditLogError, AuditUnavailableError, ConfigError, NotFoundError
+from server.settings import run_dir
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
+
+    from server.audit.export.ship import Sink
 
 HELP = "verify, search, prove and ship the audit log"
 EPILOG = """examples:
   strongroom audit verify ./copy-of-audit --key strongroom.local/audit+1f2e…+AQ…
   strongroom audit tail --follow
   strongroom audit prove 4711 --out 4711.tlog-proof
+  strongroom audit search --subject alice --since 2026-11-22 --finding CWE-89
+  strongroom audit export --to syslog+tls://siem.example:6514 --ca ca.pem --format ocsf
+  strongroom audit witness --submit https://witness.example --key witness.vkey --every 60
+  strongroom audit prune --policy retention.json --yes
 """
 DEFAULT_DIRECTORY = Path(".strongroom/audit")
+_SYSLOG_TLS_PORT = 6514  # RFC 5425
+_SEARCH_HELP = {
+    "subject": "who",
+    "tenant": "whose",
+    "model": "which model",
+    "event": "a tag of docs/specs/audit-log.md, like gateway:request:refused",
+    "outcome": "completed, denied, failed, aborted or unknown",
+    "finding": "a rule, category or CWE of the guard",
+}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +79,43 @@ def configure(parser: argparse.ArgumentParser) -> None:
     sub.add_argument("--witness", action="append", default=[], help="a witness's vkey that must have cosigned")
     sub.add_argument("--no-journal", action="store_true", help="the copy has tiles and checkpoint only")
     sub.add_argument("--json", action="store_true", help="print the report as JSON")
+
+    sub = verb("search", _search, "Find entries by who, what and when; the index is brought up to date first.")
+    _add_directory(sub)
+    for option in ("subject", "tenant", "model", "event", "outcome", "finding"):
+        sub.add_argument(f"--{option}", help=_SEARCH_HELP[option])
+    sub.add_argument("--request", dest="request_id", help="a request id")
+    sub.add_argument("--since", help="RFC 3339 time in UTC, or a prefix of one (2026-11-22)")
+    sub.add_argument("--until", help="RFC 3339 time in UTC, or a prefix of one; not included")
+    sub.add_argument("-n", "--limit", type=int, default=100, help="at most this many, newest first")
+    sub.add_argument("--index", type=Path, help="the index file; default: audit-index.db beside the log")
+    sub.add_argument("--rebuild", action="store_true", help="throw the index away first")
+
+    sub = verb("export", _export, "Ship entries and checkpoints to another host or a write-once folder, in order.")
+    _add_directory(sub)
+    sub.add_argument("--to", required=True, help="syslog+tls://HOST:PORT, or file:///FOLDER")
+    sub.add_argument("--format", choices=sorted(SHAPES), default="json", help="how syslog messages look")
+    sub.add_argument("--ca", type=Path, help="PEM file of the authority that vouches for the receiver")
+    sub.add_argument("--certificate", type=Path, help="PEM file with our certificate and key")
+    sub.add_argument("--cursor", type=Path, help="where the next index is kept; default: by receiver, beside the log")
+    sub.add_argument("--once", action="store_true", help="stop when everything in the log has been delivered")
+    sub.add_argument("--socket", type=Path, help="the writer's socket, to put delays on record")
+
+    sub = verb("witness", _witness, "Be a witness of other hosts' logs, or have a log cosigned by one.")
+    _add_directory(sub)
+    sub.add_argument("--new-key", metavar="NAME", help="draw the witness's key into --key")
+    sub.add_argument("--key", help="the witness's private key file; with --submit its vkey")
+    sub.add_argument("--log", action="append", default=[], help="vkey of a log to watch; may be repeated")
+    sub.add_argument("--state", type=Path, help="the witness's own folder")
+    sub.add_argument("--listen", default="127.0.0.1:7380", help="HOST:PORT (default %(default)s)")
+    sub.add_argument("--submit", metavar="URL", help="have the log cosigned by the witness at this address")
+    sub.add_argument("--every", type=float, metavar="SECONDS", help="with --submit: go on, this often")
+
+    sub = verb("prune", _prune, "Drop the oldest entries as a written retention policy says; old proofs still verify.")
+    _add_directory(sub)
+    sub.add_argument("--policy", type=Path, required=True, help='{"v": 1, "keep_days": 365, "reason": "…"}')
+    sub.add_argument("--socket", type=Path, help="the writer's socket; default: run/audit.sock beside the log")
+    sub.add_argument("--yes", action="store_true", help="do it; without it, say what would be done")
 
     sub = verb("tail", _tail, "Print the newest entries.")
     _add_directory(sub)
@@ -151,6 +220,130 @@ def _tail(args: argparse.Namespace) -> int:
 def _print_entry(index: int, entry: bytes) -> None:
     """One object a line: the index, and the entry byte for byte as it was hashed."""
     print(f'{{"index":{index},"entry":{entry.decode()}}}', flush=True)
+
+
+def _search(args: argparse.Namespace) -> int:
+    if args.rebuild:
+        SearchIndex.remove(args.directory, args.index)
+    query = Query(**{name: getattr(args, name) for name in Query.__slots__})
+    shows_progress = sys.stderr.isatty()
+    with closing(SearchIndex(args.directory, args.index)) as index:
+        try:
+            index.update(_print_progress if shows_progress else None)
+            if shows_progress:
+                sys.stderr.write("\r\x1b[K")
+            for at, entry in index.find(query, limit=args.limit):
+                _print_entry(at, entry)
+        except (TileError, EntryError, JournalError, OSError, sqlite3.Error) as err:
+            raise AuditLogError(f"The audit log in {args.directory} can't be searched: {err}") from err
+    return 0
+
+
+def _socket(args: argparse.Namespace) -> Path:
+    return Path(args.socket) if args.socket else run_dir(args.directory.absolute().parent) / "audit.sock"
+
+
+def _export(args: argparse.Namespace) -> int:
+    target = urlsplit(args.to)
+    try:
+        origin = VerifierKey.parse((args.directory / "vkey").read_text()).name
+    except (NoteError, OSError) as err:
+        raise AuditLogError(f"The audit log in {args.directory} can't be read: {err}") from err
+    sink: Sink
+    if target.scheme == "syslog+tls" and target.hostname:
+        sink = SyslogSink(
+            target.hostname,
+            target.port or _SYSLOG_TLS_PORT,
+            origin=origin,
+            shape=args.format,
+            ca=args.ca,
+            certificate=args.certificate,
+        )
+    elif target.scheme == "file" and target.path.startswith("/"):
+        sink = FileSink(Path(target.path), origin=origin)
+    else:
+        raise ConfigError(f"Can't export to {args.to!r}; expected syslog+tls://HOST:PORT or file:///FOLDER.")
+    name = hashlib.sha256(args.to.encode()).hexdigest()[:16]
+    cursor = args.cursor or args.directory.absolute().parent / "export" / f"{name}.json"
+
+    def on_state(is_delayed: bool, index: int) -> None:
+        event = Event.EXPORT_DELAYED if is_delayed else Event.EXPORT_RESUMED
+        sys.stderr.write(f"{event}: {target.hostname or target.path} at entry {index}\n")
+        if args.socket is not None:
+            client = SyncAuditClient(args.socket)
+            with suppress(AuditUnavailableError):  # the receiver's outage is on standard error already
+                client.append(new_entry(event, receiver=target.hostname or target.path, next_index=index))
+            client.close()
+
+    shipper = Shipper(args.directory, sink, cursor, on_state=on_state)
+    signal.signal(signal.SIGTERM, lambda *_: shipper.stop())
+    try:
+        shipper.run(once=args.once)
+    except TileError as err:
+        raise AuditLogError(f"The audit log in {args.directory} can't be read: {err}") from err
+    except KeyboardInterrupt:
+        return 0
+    return 0
+
+
+def _witness(args: argparse.Namespace) -> int:
+    if args.submit:
+        return _submit(args)
+    if args.key is None:
+        raise ConfigError("Give the witness's private key file with --key (make one with --new-key NAME).")
+    if args.new_key:
+        print(new_audit_key(Path(args.key), name=args.new_key, key_type=COSIGNATURE_ED25519))
+        return 0
+    if not args.log or args.state is None:
+        raise ConfigError("A witness needs at least one --log VKEY and a --state folder.")
+    host, _, port = args.listen.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ConfigError(f"--listen must be HOST:PORT, not {args.listen!r}.")
+    witness = Witness(load_audit_key(Path(args.key)), tuple(_key(text) for text in args.log), args.state)
+    try:
+        server = make_server(witness, host, int(port))
+    except OSError as err:
+        raise ConfigError(f"The witness can't listen on {args.listen}: {err.strerror}.") from err
+    print(f"witness on http://{host}:{server.server_address[1]}", flush=True)
+    with server, suppress(KeyboardInterrupt):
+        server.serve_forever()
+    return 0
+
+
+def _submit(args: argparse.Namespace) -> int:
+    if args.key is None:
+        raise ConfigError("Give the witness's public key with --key.")
+    while True:
+        try:
+            size = submit(args.directory, args.submit, _key(args.key))
+            print(f"{size} entries cosigned", flush=True)
+        except WitnessError as err:
+            raise AuditLogError(str(err)) from err
+        except (OSError, NoteError, TileError) as err:
+            if not args.every:
+                raise AuditLogError(f"The log could not be cosigned: {err}") from err
+            sys.stderr.write(f"not cosigned: {err}\n")
+        if not args.every:
+            return 0
+        time.sleep(args.every)
+
+
+def _prune(args: argparse.Namespace) -> int:
+    policy = RetentionPolicy.load(args.policy)
+    planned = plan(args.directory, policy)
+    print(
+        f"entries below {planned.minimum_index}: {len(planned.segments)} segments and {len(planned.bundles)} bundles"
+        f" are older than {policy.keep_days} days"
+    )
+    if not args.yes or not planned.segments:
+        return 0
+    client = SyncAuditClient(_socket(args))
+    try:
+        prune(args.directory, policy, planned, client.append)
+    finally:
+        client.close()
+    print("dropped; the search index still names them, run: strongroom audit search --rebuild")
+    return 0
 
 
 def _prove(args: argparse.Namespace) -> int:

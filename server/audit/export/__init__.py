@@ -1,0 +1,1 @@
+"""Ships entries and checkpoints to other hosts, in order, without loss; one sink a file."""

@@ -1,0 +1,282 @@
+"""Export: a TLS syslog receiver that comes and goes, files for a write-once store, and the shapes of a SIEM."""
+
+from __future__ import annotations
+
+import json
+import resource
+import socket
+import ssl
+import threading
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import trustme
+
+from server.audit.checkpoint import verify_checkpoint
+from server.audit.client import SyncAuditClient
+from server.audit.entry import encode_entry, new_entry
+from server.audit.export.files import FileSink
+from server.audit.export.shapes import to_cef, to_ocsf
+from server.audit.export.ship import Shipper
+from server.audit.export.syslog import SyslogSink, fields_of
+from server.audit.log import AuditLog
+from server.audit.tags import Event
+from server.audit.tiles import pack_entries
+from server.audit.verify import VerificationError, Verifier
+from server.cli import main
+from server.errors import ConfigError
+from tests.unit.audit.audit_kit import ORIGIN, event, make_log, new_signer, wait_until, writer_process
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class Receiver:
+    """A syslog receiver: TLS, octet counting; can be killed with what it has not read, and come back on its port."""
+
+    def __init__(self, authority: trustme.CA) -> None:
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        authority.issue_cert("localhost").configure_cert(self._context)
+        self.messages: list[dict[str, Any]] = []
+        self.port = 0
+        self._listener: socket.socket | None = None
+        self._streams: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", self.port))
+        self.port = self._listener.getsockname()[1]
+        thread = threading.Thread(target=self._accept, args=(self._listener,), daemon=True)
+        thread.start()
+        self._threads.append(thread)
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                plain, _ = listener.accept()
+                stream = self._context.wrap_socket(plain, server_side=True)
+            except OSError:
+                return
+            self._streams.append(stream)
+            thread = threading.Thread(target=self._read, args=(stream,), daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def _read(self, stream: socket.socket) -> None:
+        with suppress(OSError, ValueError):
+            file = stream.makefile("rb")
+            with file:
+                while True:
+                    length = b""
+                    while not length.endswith(b" "):
+                        byte = file.read(1)
+                        if not byte:
+                            return
+                        length += byte
+                    data = file.read(int(length))
+                    if len(data) == int(length):
+                        self.messages.append(fields_of(data))
+
+    def kill(self) -> None:
+        assert self._listener is not None
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for stream in self._streams:
+            with suppress(OSError):
+                stream.shutdown(socket.SHUT_RDWR)
+            stream.close()
+        self._streams.clear()
+        for thread in self._threads:
+            thread.join(10)
+        self._threads.clear()
+
+    @property
+    def entries(self) -> list[int]:
+        return [message["index"] for message in self.messages if message["message_id"] != "audit.checkpoint"]
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> trustme.CA:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    return authority
+
+
+def in_order_once(indexes: list[int]) -> list[int]:
+    """Return the indexes without the second copies that a resend brings; each new one must follow the one before."""
+    seen: list[int] = []
+    for index in indexes:
+        if index == len(seen):
+            seen.append(index)
+        else:
+            assert index < len(seen), f"{index} came before {len(seen)}"
+    return seen
+
+
+def sink(port: int, folder: Path, shape: str = "json") -> SyslogSink:
+    return SyslogSink("localhost", port, origin=ORIGIN, shape=shape, ca=folder / "ca.pem")
+
+
+def test_two_receivers_down_under_load_lose_nothing(tmp_path: Path, authority: trustme.CA) -> None:
+    """Ten minutes at ten requests a second, compressed: the same number of entries, the same outages, no waiting."""
+    receivers = [Receiver(authority), Receiver(authority)]
+    for receiver in receivers:
+        receiver.start()
+    states: list[tuple[bool, int]] = []
+    with writer_process(tmp_path, "--segment-bytes", "300000"):
+        shippers = [
+            Shipper(
+                tmp_path / "audit",
+                sink(receiver.port, tmp_path),
+                tmp_path / f"cursor-{at}.json",
+                overlap=512,
+                on_state=lambda is_delayed, index: states.append((is_delayed, index)),
+                sleep=lambda seconds: time.sleep(min(seconds, 0.05)),
+            )
+            for at, receiver in enumerate(receivers)
+        ]
+        threads = [threading.Thread(target=shipper.run) for shipper in shippers]
+        for thread in threads:
+            thread.start()
+        client = SyncAuditClient(tmp_path / "audit.sock")
+        before_kib = 0
+        total = 6_000
+        for number in range(1, total):
+            client.append(new_entry(Event.ACT_PERFORMED, number=number, filler="x" * 300))
+            if number == 1_000:
+                for receiver in receivers:
+                    receiver.kill()
+                before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            elif number == 5_000:
+                grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib
+                assert grown_kib < 16 * 1024, f"memory grew by {grown_kib} KiB while the receivers were away"
+                for receiver in receivers:
+                    receiver.start()
+            elif number == 5_500:
+                receivers[0].kill()
+                receivers[0].start()
+        client.close()
+        wait_until(lambda: all(set(range(total)) <= set(receiver.entries) for receiver in receivers), deadline_s=60)
+        for shipper, thread in zip(shippers, threads, strict=True):
+            shipper.stop()
+            thread.join(20)
+    for receiver in receivers:
+        assert in_order_once(receiver.entries) == list(range(total))
+        receiver.kill()
+    assert (True in {is_delayed for is_delayed, _ in states}) and states[-1][0] is False
+
+
+def test_what_arrives_is_the_entry_and_the_checkpoint(tmp_path: Path, authority: trustme.CA) -> None:
+    make_log(tmp_path / "audit", 20)
+    receiver = Receiver(authority)
+    receiver.start()
+    to = f"syslog+tls://localhost:{receiver.port}"
+    command = ["audit", "export", str(tmp_path / "audit"), "--to", to, "--ca", str(tmp_path / "ca.pem"), "--once"]
+    assert main(command) == 0
+    wait_until(lambda: len(receiver.messages) == 21)
+    first, *_, last = receiver.messages
+    assert first["priority"] == 13 * 8 + 6
+    assert first["app"] == "strongroom"
+    assert json.loads(first["body"])["entry"]["request_id"] == "req-00000000"
+    note = json.loads(last["body"])["checkpoint"]
+    assert verify_checkpoint(note, new_signer().key).size == 20
+    # What was shipped shows a cut tail: this is what it is for.
+    kept = tmp_path / "kept"
+    kept.write_text(note)
+    make_log(tmp_path / "cut", 10)
+    with pytest.raises(VerificationError, match="cut off"):
+        Verifier(tmp_path / "cut", checkpoints=(kept.read_text(),)).verify()
+    assert main(command) == 0  # nothing new: nothing is sent
+    time.sleep(0.1)
+    assert len(receiver.messages) == 21
+    receiver.kill()
+
+
+def test_a_receiver_that_cannot_prove_its_name_gets_nothing(tmp_path: Path, authority: trustme.CA) -> None:
+    other = trustme.CA()
+    receiver = Receiver(other)
+    receiver.start()
+    with pytest.raises(OSError, match="certificate verify failed"):
+        sink(receiver.port, tmp_path).send([b"x"])
+    assert receiver.messages == []
+    receiver.kill()
+
+
+def test_files_hold_the_log_in_order_and_are_never_written_twice(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path / "audit", new_signer())
+    for number in range(2_000):
+        entry = event("admin:act:performed", number, filler="x" * 300)
+        log.commit(pack_entries([entry]), [entry])
+    log.close()
+    worm = tmp_path / "worm"
+    assert main(["audit", "export", str(tmp_path / "audit"), "--to", f"file://{worm}", "--once"]) == 0
+    files = sorted(worm.glob("*.jsonl"))
+    assert len(files) > 1
+    lines = [json.loads(line) for path in files for line in path.read_text().splitlines()]
+    assert [line["index"] for line in lines] == list(range(2_000))
+    for path in files:
+        note = path.with_suffix(".checkpoint").read_text()
+        assert verify_checkpoint(note, new_signer().key).size == int(path.stem.split("-")[1]) + 1
+    stamps = {path: path.stat().st_mtime_ns for path in worm.iterdir()}
+    (cursor,) = (tmp_path / "export").iterdir()
+    cursor.unlink()  # the whole log again: the same bytes under the same names
+    assert main(["audit", "export", str(tmp_path / "audit"), "--to", f"file://{worm}", "--once"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in worm.iterdir()} == stamps
+
+
+def test_a_damaged_cursor_is_named(tmp_path: Path) -> None:
+    (tmp_path / "cursor").write_text("{}")
+    with pytest.raises(ConfigError, match="cursor"):
+        Shipper(tmp_path, FileSink(tmp_path / "worm", origin=ORIGIN), tmp_path / "cursor")
+
+
+NASTY = {
+    "v": 1, "event": "gateway:request:refused", "time": "2026-11-22T21:10:00.123456Z", "outcome": "denied",
+    "request_id": "r|1=\\x", "code": "permission_denied", "route": "/v1/a=b|c\\d",
+    "client": {"address": "192.0.2.1", "agent": 'curl="x" | cs1=evil \\ CEF:0|'},
+    "principal": {"subject": "al=ice|", "tenant": "blue"},
+}  # fmt: skip
+
+
+def test_cef_is_well_formed_whatever_a_client_sent() -> None:
+    text = to_cef(7, NASTY, b"")
+    assert "\n" not in text
+    unescaped = [at for at, char in enumerate(text) if char == "|" and text[at - 1] != "\\"]
+    assert len(unescaped[:7]) == 7
+    assert text.startswith("CEF:0|Strongroom|Strongroom|1|gateway:request:refused|")
+    extension = text.split("|", 7)[7]
+    assert "suser=al\\=ice|" in extension
+    assert "cs1\\=evil" in extension
+    assert "externalId=7" in extension
+
+
+def test_ocsf_has_what_the_schema_requires() -> None:
+    shaped = json.loads(to_ocsf(7, NASTY, b""))
+    for field in (
+        "activity_id",
+        "category_uid",
+        "class_uid",
+        "type_uid",
+        "time",
+        "severity_id",
+        "metadata",
+        "api",
+        "actor",
+    ):
+        assert field in shaped
+    assert shaped["type_uid"] == shaped["class_uid"] * 100 + shaped["activity_id"]
+    assert shaped["metadata"]["product"]["vendor_name"] == "Strongroom"
+    assert shaped["status_id"] == 2
+    refused = json.loads(to_ocsf(8, {**NASTY, "event": "gateway:credential:refused", "key_id": "k1"}, b""))
+    assert (refused["class_uid"], refused["user"]["name"]) == (3002, "al=ice|")
+    started = json.loads(to_ocsf(9, {"v": 1, "event": "supervisor:engine:started", "time": NASTY["time"]}, b""))
+    assert (started["class_uid"], started["activity_id"]) == (6002, 3)
+
+
+def test_every_event_has_every_shape() -> None:
+    for name in Event:
+        entry = json.loads(encode_entry(new_entry(name)))
+        assert to_cef(1, entry, b"").startswith("CEF:0|")
+        assert json.loads(to_ocsf(1, entry, b""))["metadata"]["event_code"] == name
