@@ -130,19 +130,24 @@ class EventParser:
 
 def _chat_delta(choice: dict[str, Any]) -> Delta:
     delta = choice["delta"]
-    calls = delta.get("tool_calls")
-    return Delta(
-        choice["index"],
-        delta.get("content") or "",
-        delta.get("reasoning") or "",
-        calls or None,
-        choice.get("finish_reason"),
-        choice.get("logprobs"),
-    )
+    calls = delta.get("tool_calls") or None
+    if calls is not None and calls.__class__ is not list:
+        raise TypeError
+    return _delta(choice, delta.get("content") or "", delta.get("reasoning") or "", calls)
 
 
 def _text_delta(choice: dict[str, Any]) -> Delta:
-    return Delta(choice["index"], choice["text"], "", None, choice.get("finish_reason"), choice.get("logprobs"))
+    return _delta(choice, choice["text"], "", None)
+
+
+def _delta(choice: dict[str, Any], text: Any, reasoning: Any, calls: list[dict[str, Any]] | None) -> Delta:
+    """Check what later code relies on; a remote engine is not ours. By class, since this runs for every token."""
+    index, finish_reason = choice["index"], choice.get("finish_reason")
+    if text.__class__ is not str or reasoning.__class__ is not str or index.__class__ is not int:
+        raise TypeError
+    if finish_reason is not None and finish_reason.__class__ is not str:
+        raise TypeError
+    return Delta(index, text, reasoning, calls, finish_reason, choice.get("logprobs"))
 
 
 def parse_usage(usage: dict[str, Any]) -> Usage:
