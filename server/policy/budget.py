@@ -9,10 +9,10 @@ import threading
 import time
 from collections import deque
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from server.errors import RateLimitedError, UnavailableError
-from server.policy.rate import DAY_S, Grant, MemoryLedger, Shortage
+from server.policy.rate import DAY_S, Grant, Shortage
 from server.store.usage import HOUR_S, Spent, UsageKey, add_usage, list_usage
 
 if TYPE_CHECKING:
@@ -36,6 +36,28 @@ _WORDS = {
     "cost_day": "spending a day",
     "cost_month": "spending a month",
 }
+
+
+class Ledger(Protocol):
+    """Who has used what: `rate.MemoryLedger` for one process, `shared_ledger.SharedLedger` for several replicas.
+
+    Attributes:
+        poll_s: How often a request that waits for a place looks again by itself; None where every release is seen.
+    """
+
+    poll_s: float | None
+
+    def account(self, dimension: str, name: str) -> Account | None:
+        """Return the account of this name; None where no rule limits it."""
+        ...
+
+    async def take(self, accounts: tuple[Account, ...], num_tokens: int, cost_micros: int) -> Grant | Shortage:
+        """Take what a request may use from every account, or nothing."""
+        ...
+
+    def settle(self, grant: Grant, num_tokens: int, cost_micros: int) -> None:
+        """Replace what was taken by what was used."""
+        ...
 
 
 class UsageBook:
@@ -169,7 +191,7 @@ class LimitedUse:
         self,
         book: LimitBook,
         *,
-        ledger: MemoryLedger,
+        ledger: Ledger,
         usage: UsageBook,
         engines: Mapping[str, Fairness] | None = None,
     ) -> None:
@@ -310,11 +332,16 @@ class Held:
     async def _wait_for_place(self, accounts: tuple[Account, ...], left_s: float) -> None:
         waiting = self._limits.waiting
         place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        full = [one for one in accounts if one.rule.concurrent is not None and one.running >= one.rule.concurrent]
+        poll_s = self._limits.ledger.poll_s
+        full = [
+            one
+            for one in accounts
+            if one.rule.concurrent is not None and (poll_s is not None or one.running >= one.rule.concurrent)
+        ]
         for account in full:
             waiting.setdefault(id(account), deque()).append(place)
         try:
-            await asyncio.wait([place], timeout=left_s)
+            await asyncio.wait([place], timeout=left_s if poll_s is None else min(left_s, poll_s))
         finally:
             for account in full:
                 queue = waiting.get(id(account))

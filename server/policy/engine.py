@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Self
 
-from server.policy.cedar import PolicySet, Question
+from server.policy.cedar import SCHEMA_NAME, PolicySet, Question
 from server.policy.permissions import GENERATING, ON_A_MODEL, covers
 from server.store.incidents import Quarantine, Quarantined
 from server.types import Chat, Completion, Decision, Embedding
@@ -58,16 +57,14 @@ class PolicyEngine:
         zone: tzinfo = UTC,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._policies = policies
+        self._in_force: tuple[PolicySet, OrderedDict[Question, Decision]] = (policies, OrderedDict())
         self._folder = folder
         self._models = models
         self._quarantine = quarantine
         self._zone = zone
         self._clock = clock
-        self._answers: OrderedDict[Question, Decision] = OrderedDict()
         self._quarter = -1
         self._hour_weekday = (0, 1)
-        self._reload_lock = threading.Lock()
 
     @classmethod
     def load(
@@ -96,7 +93,7 @@ class PolicyEngine:
     @property
     def policies(self) -> PolicySet:
         """The set in force."""
-        return self._policies
+        return self._in_force[0]
 
     def reload(self) -> tuple[str, str]:
         """Read the folder again and put the new set in force; return the digests before and after.
@@ -104,12 +101,34 @@ class PolicyEngine:
         Raises:
             ConfigError: The new set is wrong; the old one stays in force.
         """
-        with self._reload_lock:
-            fresh = PolicySet.load(self._folder)
-            before = self._policies.digest
-            # A new dict, so that an answer of the old set that is being written now goes to the old one.
-            self._policies, self._answers = fresh, OrderedDict()
-            return before, fresh.digest
+        before = self.policies.digest
+        fresh = self.read_next()
+        self.adopt(fresh)
+        return before, fresh.digest
+
+    def read_next(self) -> PolicySet:
+        """Read the folder again, without putting it in force.
+
+        Raises:
+            ConfigError: The new set is wrong.
+        """
+        return PolicySet.load(self._folder)
+
+    def adopt(self, policies: PolicySet) -> None:
+        """Put a set in force."""
+        # One assignment of both, and a new dict: an answer of the old set that is being written goes to the old one.
+        self._in_force = (policies, OrderedDict())
+
+    def stamp(self) -> tuple[tuple[str, int, int], ...]:
+        """Return names, times and sizes of the folder's files; it differs when one was changed."""
+        found = []
+        for path in sorted([*self._folder.glob("*.cedar"), self._folder / SCHEMA_NAME]):
+            try:
+                info = path.stat()
+            except OSError:
+                continue  # gone: the stamp differs by its absence
+            found.append((path.name, info.st_mtime_ns, info.st_size))
+        return tuple(found)
 
     def decide(self, principal: Principal, action: str, request: ModelRequest | None, client: Client) -> Decision:
         """Return the decision with its reason; never raises for a refusal.
@@ -120,7 +139,7 @@ class PolicyEngine:
             request: What is asked of a model; None for what is asked of the service.
             client: Where the request came from.
         """
-        policies, answers = self._policies, self._answers
+        policies, answers = self._in_force
         if not covers(principal.scopes, action):
             return Decision(False, f"the credential's scopes do not reach {action}", (), policies.digest)
         if request is not None and self._quarantine.has(Quarantined.MODEL, request.model):

@@ -29,6 +29,7 @@ class Permission(StrEnum):
     POLICY_READ = "admin:policy:read"
     POLICY_RELOAD = "admin:policy:reload"
     USAGE = "admin:usage:read"
+    TENANTS = "admin:tenant:cross"
     INCIDENT_READ = "admin:incident:read"
     INCIDENT_OPEN = "admin:incident:open"
     INCIDENT_LIFT = "admin:incident:lift"

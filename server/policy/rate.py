@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from server.policy.limit_file import LimitBook, Rule
 
@@ -106,6 +106,7 @@ class Grant:
     day: int
     month: int
     headers: dict[str, str]
+    lease: str = ""
 
 
 class MemoryLedger:
@@ -118,6 +119,8 @@ class MemoryLedger:
         book: The rules.
         clock: Seconds since the epoch.
     """
+
+    poll_s: float | None = None
 
     def __init__(self, book: LimitBook, *, clock: Callable[[], float] = time.time) -> None:
         self._book = book
@@ -173,7 +176,10 @@ class MemoryLedger:
             account.tokens_day += num_tokens
             account.cost_day += cost_micros
             account.cost_month += cost_micros
-        return Grant(accounts, num_tokens, cost_micros, minute, day, month, _headers(accounts, now_s))
+        requests = [account.requests.used(now_s) for account in accounts]
+        tokens = [account.tokens.used(now_s) for account in accounts]
+        headers = format_headers(accounts, requests, tokens, now_s)
+        return Grant(accounts, num_tokens, cost_micros, minute, day, month, headers)
 
     def settle(self, grant: Grant, num_tokens: int, cost_micros: int) -> None:
         """Replace what was taken by what was used. The request itself stays counted."""
@@ -215,23 +221,36 @@ class MemoryLedger:
         return self._day, self._month
 
 
-def _headers(accounts: tuple[Account, ...], now_s: float) -> dict[str, str]:
-    """Return the headers clients read, of the account that is nearest its limit, requests and tokens apart."""
+def format_headers(
+    accounts: tuple[Account, ...], requests: Sequence[float], tokens: Sequence[float], now_s: float
+) -> dict[str, str]:
+    """Return the headers clients read, of the account that is nearest its limit, requests and tokens apart.
+
+    Args:
+        accounts: What a request counts against.
+        requests: What each has used of its requests a minute.
+        tokens: What each has used of its tokens a minute.
+        now_s: Seconds since the epoch.
+    """
     headers: dict[str, str] = {}
-    for kind in ("requests", "tokens"):
-        nearest: tuple[float, int, Window] | None = None
-        for account in accounts:
-            limit = account.rule.requests_per_minute if kind == "requests" else account.rule.tokens_per_minute
-            if limit is None:
-                continue
-            window = account.requests if kind == "requests" else account.tokens
-            left = limit - window.used(now_s)
-            if nearest is None or left < nearest[0]:
-                nearest = (left, limit, window)
-        if nearest is not None:
-            left, limit, _window = nearest
-            headers[f"x-ratelimit-limit-{kind}"] = str(limit)
-            headers[f"x-ratelimit-remaining-{kind}"] = str(max(0, int(left)))
-            # All that counts now has left the sliding window when two minutes are over, at the latest.
-            headers[f"x-ratelimit-reset-{kind}"] = f"{120 - int(now_s % MINUTE_S)}s"
+    least_requests = least_tokens = math.inf
+    limit_requests = limit_tokens = 0
+    for position, account in enumerate(accounts):
+        rule = account.rule
+        if rule.requests_per_minute is not None and rule.requests_per_minute - requests[position] < least_requests:
+            limit_requests = rule.requests_per_minute
+            least_requests = limit_requests - requests[position]
+        if rule.tokens_per_minute is not None and rule.tokens_per_minute - tokens[position] < least_tokens:
+            limit_tokens = rule.tokens_per_minute
+            least_tokens = limit_tokens - tokens[position]
+    # All that counts now has left the sliding window when two minutes are over, at the latest.
+    reset = f"{120 - int(now_s % MINUTE_S)}s"
+    if limit_requests:
+        headers["x-ratelimit-limit-requests"] = str(limit_requests)
+        headers["x-ratelimit-remaining-requests"] = str(max(0, int(least_requests)))
+        headers["x-ratelimit-reset-requests"] = reset
+    if limit_tokens:
+        headers["x-ratelimit-limit-tokens"] = str(limit_tokens)
+        headers["x-ratelimit-remaining-tokens"] = str(max(0, int(least_tokens)))
+        headers["x-ratelimit-reset-tokens"] = reset
     return headers

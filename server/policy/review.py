@@ -13,6 +13,8 @@ from server.policy.permissions import Permission
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from server.policy.cedar import Rule
+
 # What a question holds by itself, beside the values that the policies compare with.
 _USUAL: dict[str, tuple[Any, ...]] = {
     "tenant": ("default",),
@@ -63,11 +65,16 @@ def _find_problem(
     policies: PolicySet, rule_id: str, domain: dict[str, tuple[Any, ...]], groups: tuple[str, ...], num_tries: int
 ) -> str | None:
     rule = policies.rules[rule_id]
-    own, own_groups = _collect([rule.source])
     alone = PolicySet({rule_id: rule}, policies.digest)
     without = PolicySet({key: value for key, value in policies.rules.items() if key != rule_id}, policies.digest)
+    # A forbid bites only where something is permitted: it is tried on what each permit is about, in turn.
+    partners = [rule]
+    if rule.effect == "forbid":
+        partners = [one for one in policies.rules.values() if one.effect == "permit" and one.actions & rule.actions]
     applies = False
-    for question in _questions(rule_id, sorted(rule.actions), own, own_groups, domain, groups, num_tries):
+    for number in range(num_tries if partners else 0):
+        partner = partners[number % len(partners)]
+        question = _draw(f"{rule_id}/{number}", rule, partner, domain, groups)
         if rule_id not in alone.ask(question).policies:
             continue
         applies = True
@@ -76,57 +83,51 @@ def _find_problem(
             return None
         if rule.effect == "forbid" and not decision.allowed and without.ask(question).allowed:
             return None
-    if not applies:
-        return "no request was found that it applies to"
-    if rule.effect == "permit":
-        return "wherever it was found to apply, a forbid refuses"
-    return "wherever it was found to apply, nothing would have been permitted anyway"
+    if rule.effect == "forbid" and (applies or not partners):
+        return "wherever it was found to apply, nothing would have been permitted anyway"
+    return "wherever it was found to apply, a forbid refuses" if applies else "no request was found that it applies to"
 
 
-def _questions(
-    rule_id: str,
-    actions: list[str],
-    own: dict[str, tuple[Any, ...]],
-    own_groups: tuple[str, ...],
-    domain: dict[str, tuple[Any, ...]],
-    groups: tuple[str, ...],
-    num_tries: int,
-) -> Iterator[Question]:
-    everybody = frozenset(groups)
-    for number in range(num_tries):
-        # The same draws in every run: a review that comes out differently twice is of no use in a build.
-        draws = iter(hashlib.shake_256(f"{rule_id}/{number}".encode()).digest(64))
+def _draw(
+    seed: str, rule: Rule, partner: Rule, domain: dict[str, tuple[Any, ...]], groups: tuple[str, ...]
+) -> Question:
+    # The same draws in every run: a review that comes out differently twice is of no use in a build.
+    draws = iter(hashlib.shake_256(seed.encode()).digest(64))
+    own, own_groups = _collect([rule.source])
+    others, partner_groups = _collect([partner.source])
+    named = others | own
 
-        def pick(choices: tuple[Any, ...], draws: Iterator[int] = draws) -> Any:
-            return choices[next(draws) % len(choices)]
+    def pick(choices: tuple[Any, ...]) -> Any:
+        return choices[next(draws) % len(choices)]
 
-        def value(name: str, number: int = number, draws: Iterator[int] = draws) -> Any:
-            chosen = own.get(name) if next(draws) % 4 else domain.get(name)  # mostly what the policy itself names
-            usual = _USUAL[name]
-            return pick(chosen) if chosen else (usual[0] if number % 2 else pick(usual))
+    def value(name: str) -> Any:
+        usual, chance = _USUAL[name], next(draws) % 8
+        if chance < 6 and name in named:  # mostly what the policy itself compares with
+            return pick(named[name])
+        return pick(domain.get(name, usual)) if chance == 7 else usual[0] if chance % 2 else pick(usual)
 
-        members: frozenset[str] = pick((frozenset(own_groups), everybody, frozenset({pick((*groups, ""))})))
-        action = Permission(actions[next(draws) % len(actions)])
-        yield Question(
-            subject=value("subject"),
-            tenant=value("tenant"),
-            groups=members - {""},
-            scopes=value("scopes"),
-            method=value("method"),
-            action=action,
-            model=value("model"),
-            stage=value("stage"),
-            classification=value("classification"),
-            licence=value("licence"),
-            wire=value("wire"),
-            num_tokens=max(1, value("tokens")),
-            stream=value("stream"),
-            data=value("data"),
-            address=value("network"),
-            client=value("client"),
-            hour=value("hour") % 24,
-            weekday=(value("weekday") - 1) % 7 + 1,
-        )
+    mine = frozenset(own_groups) | frozenset(partner_groups)
+    members: frozenset[str] = pick((mine, mine, frozenset(groups), frozenset({pick((*groups, ""))})))
+    return Question(
+        subject=value("subject"),
+        tenant=value("tenant"),
+        groups=members - {""},
+        scopes=value("scopes"),
+        method=value("method"),
+        action=Permission(pick(tuple(sorted(rule.actions & partner.actions)))),
+        model=value("model"),
+        stage=value("stage"),
+        classification=value("classification"),
+        licence=value("licence"),
+        wire=value("wire"),
+        num_tokens=max(1, value("tokens")),
+        stream=value("stream"),
+        data=value("data"),
+        address=value("network"),
+        client=value("client"),
+        hour=value("hour") % 24,
+        weekday=(value("weekday") - 1) % 7 + 1,
+    )
 
 
 def _collect(sources: list[dict[str, Any]]) -> tuple[dict[str, tuple[Any, ...]], tuple[str, ...]]:

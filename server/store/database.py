@@ -114,9 +114,7 @@ class Store:
 
 def next_seq(connection: Connection) -> int:
     """Return the number of this change; its row lock holds other writers until commit, so numbers appear in order."""
-    bumped = connection.execute(update(counters).where(counters.c.name == "changes").values(value=counters.c.value + 1))
-    if bumped.rowcount == 0:
-        connection.execute(insert(counters).values(name="changes", value=1))
+    connection.execute(update(counters).where(counters.c.name == "changes").values(value=counters.c.value + 1))
     return int(connection.scalar(select(counters.c.value).where(counters.c.name == "changes")) or 0)
 
 

@@ -48,6 +48,7 @@ class StoreWatch:
         self._seq = -1
         self._fresh_at_s = clock()
         self._touched_at_s = clock()
+        self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -57,18 +58,20 @@ class StoreWatch:
         Raises:
             UnavailableError: The store does not answer.
         """
-        with self._store.read() as connection:
-            seq = read_seq(connection)
-            if seq == self._seq:
-                self._fresh_at_s = self._clock()
-                return False
-            changed = list_keys(connection, since_seq=max(self._seq, 0)) if self._seq >= 0 else list_keys(connection)
-            opened = list_incidents(connection)
-        self._on_keys(changed)
-        self._quarantine.load(opened)
-        self._seq = seq
-        self._fresh_at_s = self._clock()
-        return True
+        with self._lock:  # an act of the admin listener polls too, so that this replica follows at once
+            asked_at_s = self._clock()
+            with self._store.read() as connection:
+                seq = read_seq(connection)
+                if seq == self._seq:
+                    self._fresh_at_s = asked_at_s
+                    return False
+                changed = list_keys(connection, since_seq=self._seq)
+                opened = list_incidents(connection)
+            self._on_keys(changed)
+            self._quarantine.load(opened)
+            self._seq = seq
+            self._fresh_at_s = asked_at_s
+            return True
 
     def age_s(self) -> float:
         """Seconds since the store last answered: how old what is in memory may be."""

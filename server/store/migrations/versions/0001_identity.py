@@ -22,6 +22,8 @@ def upgrade() -> None:
         sa.Column("name", sa.String(64), primary_key=True),
         sa.Column("value", sa.BigInteger, nullable=False),
     )
+    # The row is here from the start: two first writers at once would both find it missing.
+    op.execute("INSERT INTO counters (name, value) VALUES ('changes', 0)")
     op.create_table(
         "keys",
         sa.Column("id", sa.String(64), primary_key=True),
