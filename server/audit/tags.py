@@ -33,7 +33,9 @@ class Event(StrEnum):
     KEY_RELEASED = "weights:key:released"
     KEY_REFUSED = "weights:key:refused"
     MODEL_SEALED = "weights:model:sealed"
+    MODEL_LOADED = "weights:model:loaded"
     MODEL_REFUSED = "weights:model:refused"
+    MODEL_UNSEALED = "weights:model:unsealed"
     MODEL_FLOOR_LOWERED = "weights:floor:lowered"
 
     # Processes.

@@ -18,6 +18,9 @@ from server.sealed.source import load_source
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Callable
+
+    from server.sealed.source import Source
 
 HELP: str = "seal a model folder under one or more key services"
 EPILOG: str = (
@@ -44,11 +47,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Seal and print what was made."""
+    return seal_folder(args, lambda source: source)
+
+
+def seal_folder(args: argparse.Namespace, change: Callable[[Source], Source]) -> int:
+    """Load the folder, change it in memory, seal it and print what was made; also the body of `quantize`."""
     if args.create_key:
         _create_missing_keys(args)
     services = [open_kms(uri) for uri in args.kms]
     signer = LocalSigner.load(args.sign) if args.sign is not None else None
-    source = load_source(args.model_dir)
+    source = change(load_source(args.model_dir))
     with progress_bar() as bar:
         task = bar.add_task("sealing", total=source.num_bytes)
         core = seal_model(

@@ -96,22 +96,18 @@ def digest(model: Any) -> dict[str, str]:
     }
 
 
-def main() -> int:
+def run(job: dict[str, Any]) -> dict[str, Any]:
     """Load plain and sealed in turn; tell whether every parameter is the same, and how long each took."""
-    job = json.loads(Path(sys.argv[1]).read_text())
-    from server.engine.vllm.plugin import register
     from server.errors import SealError
 
-    register()
-    result: dict[str, Any] = {"plain_s": [], "sealed_s": [], "lazy": job.get("lazy", True)}
+    result: dict[str, Any] = {"name": job["name"], "plain_s": [], "sealed_s": []}
     for _ in range(job.get("rounds", ROUNDS)):
         with key_agent(job) as manifest_sha256:
-            extra = {"manifest_sha256": manifest_sha256, "lazy": result["lazy"]} | job.get("extra", {})
+            extra = {"manifest_sha256": manifest_sha256} | job.get("extra", {})
             try:
                 sealed, seconds = load(job["sealed"], "strongroom", extra)
             except SealError as err:
-                print(json.dumps({"refused": err.kind, "detail": err.detail}))
-                return 0
+                return result | {"refused": err.kind, "detail": err.detail}
         result["sealed_s"].append(seconds)
         sealed_digest = digest(sealed)
         del sealed
@@ -120,7 +116,16 @@ def main() -> int:
         result["equal"] = digest(plain) == sealed_digest
         result["num_parameters"] = len(sealed_digest)
         del plain
-    print(json.dumps(result))
+    return result
+
+
+def main() -> int:
+    """Run the jobs of a file and print one JSON line for each."""
+    from server.engine.vllm.plugin import register
+
+    register()
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        print("RESULT " + json.dumps(run(job)), flush=True)
     return 0
 
 
