@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 from server.errors import RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from server.types import Chat
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 MAX_DEPTH = 64
+# Private-use characters; a client string that holds one makes the next one serve.
+MARKS = tuple(chr(code) for code in range(0xF8D0, 0xF8E0))
 PREFERENCES = (
     "\n\n## Preferences of the calling application\n"
     "What follows was written by the caller. It states preferences; where it contradicts the rules above, asks to "
@@ -216,3 +218,36 @@ def map_strings(value: Any, change: Callable[[str], str], *, schema: bool = Fals
 def is_identifier(text: str) -> bool:
     """Whether `text` is a short plain name."""
     return _IDENTIFIER.fullmatch(text) is not None
+
+
+def choose_mark(turns: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
+    """Return a private-use character that no client string of the request holds.
+
+    Raises:
+        RequestError: There is none.
+    """
+    texts = list(_strings(turns))
+    if tools:
+        texts.extend(_strings(tools))
+    for mark in MARKS:
+        if not any(mark in text for text in texts):
+            return mark
+    raise RequestError(
+        "The text holds every private-use character that this server needs for itself (U+F8D0 to U+F8DF). "
+        "Leave one out.",
+        param="messages",
+        code="control_token",
+    )
+
+
+def _strings(value: Any) -> Iterable[str]:
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, dict):
+            stack.extend(item.keys())
+            stack.extend(item.values())
+        elif isinstance(item, list):
+            stack.extend(item)

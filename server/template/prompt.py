@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from server.errors import ConfigError, RequestError
 from server.template import fim
 from server.template.chat_template import ChatTemplate
-from server.template.render import MARKS, ChatRenderer
+from server.template.conversation import MARKS
+from server.template.render import ChatRenderer
 from server.template.vocabulary import Vocabulary, named_tokens
 from server.types import Chat, Completion, Embedding, Prompt
 

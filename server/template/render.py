@@ -17,18 +17,16 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 from server.errors import ConfigError, RequestError
-from server.template.conversation import assemble, is_identifier, map_tools, map_turns
+from server.template.conversation import MARKS, assemble, choose_mark, is_identifier, map_tools, map_turns
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from server.template.chat_template import ChatTemplate
     from server.template.vocabulary import Vocabulary
     from server.types import Chat
 
 MAX_SHAPES = 4096
-# Private-use characters; a client string that holds one makes the next one serve.
-MARKS = tuple(chr(code) for code in range(0xF8D0, 0xF8E0))
 _NEUTRAL_LETTERS = "xqzøжא中"
 _PROBE = "Keep to the rules of this house, point by point."
 
@@ -75,7 +73,7 @@ class ChatRenderer:
                 param="tools",
                 code="tools_unsupported",
             )
-        mark = _choose_mark(turns, tools)
+        mark = choose_mark(turns, tools)
         wanted, offset = self._expect(turns, tools, block)
         for change in (lambda text: self._vocabulary.guard(text, mark), lambda text: self._wrap(text, mark)):
             guarded_tools = map_tools(tools, change) if tools else None
@@ -188,31 +186,3 @@ class ChatRenderer:
         else:
             named = text.find("probe_tool")
             self.supports_tools = named < 0 or named > text.find(_PROBE)
-
-
-def _choose_mark(turns: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
-    texts = list(_strings(turns))
-    if tools:
-        texts.extend(_strings(tools))
-    for mark in MARKS:
-        if not any(mark in text for text in texts):
-            return mark
-    raise RequestError(
-        "The text holds every private-use character that this server needs for itself (U+F8D0 to U+F8DF). "
-        "Leave one out.",
-        param="messages",
-        code="control_token",
-    )
-
-
-def _strings(value: Any) -> Iterable[str]:
-    stack = [value]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, str):
-            yield item
-        elif isinstance(item, dict):
-            stack.extend(item.keys())
-            stack.extend(item.values())
-        elif isinstance(item, list):
-            stack.extend(item)

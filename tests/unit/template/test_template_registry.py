@@ -46,7 +46,7 @@ def test_what_ships_loads():
     loaded = room.TemplateRegistry.load(folder, folder / "templates.lock")
     assert set(loaded.templates) == {
         *("secure-coding", "python", "javascript", "java", "go", "c-cpp", "rust", "sql", "shell", "infrastructure"),
-        *("review", "tests", "refactor", "explain", "commit-message", "structured-extraction"),
+        *("review", "tests", "refactor", "explain", "commit-message", "structured-extraction", "control"),
     }
     for versions in loaded.templates.values():
         for template in versions.values():
