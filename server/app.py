@@ -5,18 +5,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from server.api.access import Access
 from server.api.admin import AdminDeps, build_admin
+from server.api.admin_identity import IdentityDeps, identity_router
 from server.api.exchange import Traffic
 from server.api.public import PublicDeps, build_public
 from server.audit.client import AuditClient
 from server.audit.entry import new_entry
+from server.audit.receipts import Receipts
 from server.audit.record import Audit
 from server.auth.api_key import KeyRing
 from server.auth.authenticator import Authenticator
+from server.auth.jwks import ProviderKeys
+from server.auth.mtls import CertificateMap, CertificateRules
+from server.auth.oidc import ClaimRules, OIDCVerifier
 from server.auth.pepper import CacheSalt, load_pepper, load_secret
 from server.auth.throttle import FailureThrottle
 from server.engine.client import EngineClient, unix_address, url_address
@@ -24,11 +30,13 @@ from server.engine.local import engine_paths
 from server.guard.guard import Guard
 from server.obs.metrics import Metrics
 from server.pipeline import Pipeline
-from server.policy.budget import LimitedUse, UsageBook
+from server.policy.budget import LimitedUse, UsageBook, sum_used
 from server.policy.engine import ModelFacts, PolicyEngine
 from server.policy.fairness import Fairness
+from server.policy.follow import follow_policies
 from server.policy.limit_file import load_limits
 from server.policy.rate import MemoryLedger
+from server.policy.shared_ledger import SharedLedger
 from server.registry.served import ModelRegistry, ServedModel
 from server.registry.source import open_model
 from server.store.database import Store
@@ -38,7 +46,7 @@ from server.template.prompt import PromptBuilder
 from server.template.registry import TemplateRegistry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
 
     from starlette.types import ASGIApp
 
@@ -63,6 +71,9 @@ class Gateway:
     watch: StoreWatch
     usage: UsageBook
     guard: Guard
+    ledger: MemoryLedger | SharedLedger
+    policy: PolicyEngine
+    record: Callable[..., Coroutine[Any, Any, int]]
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
     async def start(self) -> None:
@@ -72,6 +83,12 @@ class Gateway:
         await self.guard.warm()
         for engine in self.engines:
             self._tasks.append(asyncio.create_task(engine.watch(on_change=self._watcher(engine))))
+        self._tasks.append(asyncio.create_task(follow_policies(self.policy, self.record)))
+        totals = list(sum_used(self.store, time.time()))
+        if isinstance(self.ledger, SharedLedger):
+            await self.ledger.seed(totals)
+        else:
+            self.ledger.load(totals)
 
     async def stop(self) -> None:
         """Stop it again; nothing is lost that was counted."""
@@ -79,6 +96,8 @@ class Gateway:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+        if isinstance(self.ledger, SharedLedger):
+            await self.ledger.close()
         self.watch.stop()
         self.usage.stop(self.store)
         await self.guard.close()
@@ -106,10 +125,18 @@ def build_gateway(settings: Settings) -> Gateway:
     metrics = Metrics()
     store = Store.open(settings.store_url)
     quarantine = Quarantine()
-    ring = KeyRing(load_pepper(settings.keys_dir / "pepper"))
+    pepper = load_pepper(settings.keys_dir / "pepper")
+    ring = KeyRing(pepper)
     watch = StoreWatch(store, quarantine=quarantine, on_keys=ring.load, used=ring.take_used)
     watch.poll()
-    auth = Authenticator(ring, throttle=FailureThrottle(), quarantine=quarantine, store_age_s=watch.age_s)
+    auth = Authenticator(
+        ring,
+        throttle=FailureThrottle(),
+        quarantine=quarantine,
+        store_age_s=watch.age_s,
+        tokens=_token_verifier(settings),
+        certificates=_certificate_map(settings),
+    )
     salt = CacheSalt(load_secret(settings.keys_dir / "cache-salt", "cache salt"))
     templates = TemplateRegistry.load(
         settings.templates.directory,
@@ -131,9 +158,10 @@ def build_gateway(settings: Settings) -> Gateway:
     guard = Guard(num_workers=settings.guard.num_workers, timeout_s=settings.guard.scan_timeout_ms / 1000)
     book = load_limits(settings.limits.file or settings.policy.directory / "limits.yaml")
     usage = UsageBook()
+    ledger = SharedLedger(settings.limits.redis_url, book) if settings.limits.redis_url else MemoryLedger(book)
     limits = LimitedUse(
         book,
-        ledger=MemoryLedger(book),
+        ledger=ledger,
         usage=usage,
         engines={model.id: Fairness(settings.limits.max_running) for model in models.models},
     )
@@ -145,7 +173,17 @@ def build_gateway(settings: Settings) -> Gateway:
 
     access = Access(auth, policy, record)
     ready = lambda: all(engine.ready for engine in engines)  # noqa: E731 - one use, one line
-    public = build_public(PublicDeps(traffic, models, access, ready, settings.public.cors_origins))
+    public = build_public(
+        PublicDeps(
+            traffic=traffic,
+            models=models,
+            access=access,
+            guard=guard,
+            receipts=Receipts(settings.audit_dir),
+            ready=ready,
+            cors_origins=settings.public.cors_origins,
+        )
+    )
     admin = build_admin(
         AdminDeps(
             access=access,
@@ -155,9 +193,42 @@ def build_gateway(settings: Settings) -> Gateway:
             listener=settings.admin,
             metrics=lambda: _metrics_text(metrics, engines),
             ready=lambda: {"models": {model.id: model.engine.ready for model in models.models}},
+            routers=(identity_router(IdentityDeps(access, policy, store, pepper, watch, record, settings.admin)),),
         )
     )
-    return Gateway(settings, public, admin, traffic, metrics, models, engines, appender, store, watch, usage, guard)
+    return Gateway(
+        settings=settings,
+        public=public,
+        admin=admin,
+        traffic=traffic,
+        metrics=metrics,
+        models=models,
+        engines=engines,
+        audit=appender,
+        store=store,
+        watch=watch,
+        usage=usage,
+        guard=guard,
+        ledger=ledger,
+        policy=policy,
+        record=record,
+    )
+
+
+def _token_verifier(settings: Settings) -> OIDCVerifier | None:
+    """Return the verifier of the configured identity provider's access tokens."""
+    if settings.oidc is None:
+        return None
+    rules = settings.oidc.model_dump(exclude={"issuer", "ca"})
+    return OIDCVerifier(ProviderKeys(settings.oidc.issuer, ca=settings.oidc.ca), ClaimRules(**rules))
+
+
+def _certificate_map(settings: Settings) -> CertificateMap | None:
+    """Return who client certificates stand for, where the public listener asks for them."""
+    tls = settings.public.tls
+    if tls is None or tls.client_ca is None:
+        return None
+    return CertificateMap(CertificateRules(default_tenant=tls.default_tenant), revoked=tls.revoked)
 
 
 def _serve_model(

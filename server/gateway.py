@@ -10,7 +10,6 @@ import json
 import logging
 import signal
 import socket
-import ssl
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +20,7 @@ from typing_extensions import override
 
 from server.api.protocol import protocol_for
 from server.app import build_gateway
+from server.auth.tls import TLSListener
 from server.errors import ConfigError, StartError
 from server.obs.logging import setup_logging
 from server.settings import parse_settings
@@ -84,29 +84,14 @@ def _server(app: ASGIApp, listener: ListenerSettings) -> _Server:
         backlog=2048,
     )
     if listener.tls is not None:
+        tls = listener.tls
+        reloading = TLSListener(
+            tls.certificate, tls.key, client_ca=tls.client_ca, require_client=tls.require_client_certificate
+        )
+        reloading.start()  # its thread ends with the process
         config.load()
-        config.ssl = tls_context(listener)
+        config.ssl = reloading.context
     return _Server(config)
-
-
-def tls_context(listener: ListenerSettings) -> ssl.SSLContext:
-    """Return the TLS settings of a listener: 1.2 and up, client certificates where a CA is named.
-
-    Raises:
-        ConfigError: A file can't be used.
-    """
-    tls = listener.tls
-    assert tls is not None  # noqa: S101 - the caller looked
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        context.load_cert_chain(tls.certificate, tls.key)
-        if tls.client_ca is not None:
-            context.load_verify_locations(tls.client_ca)
-            context.verify_mode = ssl.CERT_REQUIRED if tls.require_client_certificate else ssl.CERT_OPTIONAL
-    except (OSError, ssl.SSLError) as err:
-        raise ConfigError(f"TLS files of the listener on port {listener.port} can't be used: {err}.") from err
-    return context
 
 
 async def serve(settings: Settings) -> None:

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from server.errors import AuthenticationError, PermissionDeniedError
-from server.types import Delta, Outcome
+from server.types import Chat, Delta, Outcome
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
 
     from server.ports import Audit, Authenticator, Guard, Limits, Model, Models, Policy
-    from server.types import Client, Credentials, ModelRequest, RequestId, WireFormat
+    from server.types import Client, Credentials, ModelRequest, Obligations, Principal, RequestId, WireFormat
 
 
 @dataclass(slots=True)
@@ -43,6 +43,36 @@ class Call:
 def canonical(request: ModelRequest, model: Model) -> ModelRequest:
     """Return the request under the model's own id: records and policies see one name, whatever alias was used."""
     return request if request.model == model.id else replace(request, model=model.id)
+
+
+def follow_up(
+    model: Model, request: ModelRequest, obligations: Obligations, principal: Principal, call: Call
+) -> Callable[[str], Awaitable[str]] | None:
+    """Return what puts one more user turn to the model in the same conversation; None where there are no turns.
+
+    The template stands first there too, and what it costs is added to the request's usage.
+    """
+    chat = request.payload
+    if not isinstance(chat, Chat):
+        return None
+
+    async def ask(instruction: str) -> str:
+        turn = {"role": "user", "content": instruction}
+        again = replace(request, payload=replace(chat, messages=(*chat.messages, turn), tools=(), tool_choice=None))
+        prompt = await model.render(again, obligations, principal)
+        max_tokens = model.clamp(again, prompt, obligations)
+        text: list[str] = []
+        deltas = model.stream(prompt, again, max_tokens=max_tokens, principal=principal, request_id=call.id)
+        async with aclosing(deltas):
+            async for batch in deltas:
+                for delta in batch:
+                    if delta.index == 0:
+                        text.append(delta.text)
+                    if delta.usage is not None:
+                        call.outcome.extra_usage.add(delta.usage)
+        return "".join(text)
+
+    return ask
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +123,8 @@ class Pipeline:
                     "x-strongroom-audit-index": str(index),
                 }
                 deltas = model.stream(prompt, request, max_tokens=max_tokens, principal=principal, request_id=call.id)
-                released = self.guard.release(deltas, request, decision.obligations, call.outcome)
+                ask = follow_up(model, request, decision.obligations, principal, call)
+                released = self.guard.release(deltas, request, decision.obligations, call.outcome, ask=ask)
                 last: list[Delta] = []
                 async with aclosing(deltas), aclosing(released):
                     async for batch in released:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
     from contextlib import AbstractAsyncContextManager
 
     from server.types import (
@@ -98,9 +98,17 @@ class Guard(Protocol):
         ...
 
     def release(
-        self, deltas: AsyncIterator[list[Delta]], request: ModelRequest, obligations: Obligations, outcome: Outcome
+        self,
+        deltas: AsyncIterator[list[Delta]],
+        request: ModelRequest,
+        obligations: Obligations,
+        outcome: Outcome,
+        *,
+        ask: Callable[[str], Awaitable[str]] | None = None,
     ) -> AsyncGenerator[list[Delta], None]:
         """Yield what may leave now; sets `outcome.scan` before the last batch.
+
+        `ask` puts one more user turn to the model in the same conversation and returns its text; `repair` uses it.
 
         Raises:
             ContentBlockedError: Policy blocks what was found; nothing of the finding has left.

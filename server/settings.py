@@ -34,6 +34,7 @@ class TLSSettings(_Section):
     client_ca: Path | None = None
     revoked: Path | None = None
     require_client_certificate: bool = False
+    default_tenant: str | None = None
 
 
 class ListenerSettings(_Section):
@@ -51,6 +52,24 @@ class ListenerSettings(_Section):
     heartbeat_s: float = Field(default=10.0, ge=1)
     drain_s: float = Field(default=20.0, ge=0)
     max_connections: int = Field(default=4096, ge=1)
+
+
+class OIDCSettings(_Section):
+    """One identity provider whose access tokens are accepted; see docs/identity.md."""
+
+    issuer: str
+    audience: str
+    ca: Path | None = None
+    algorithms: frozenset[str] = frozenset({"ES256", "RS256", "EdDSA"})
+    token_types: frozenset[str] = frozenset({"at+jwt", "application/at+jwt"})
+    subject_claim: str = "sub"
+    tenant_claim: str = "tenant"
+    default_tenant: str | None = None
+    groups_claim: str = "groups"
+    group_map: dict[str, str] = Field(default_factory=dict)
+    scope_claim: str = "scope"
+    scope_map: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    leeway_s: float = 60.0
 
 
 class EngineSettings(_Section):
@@ -133,6 +152,7 @@ class LimitSettings(_Section):
 
     max_running: int = Field(default=256, ge=1)
     file: Path | None = None
+    redis_url: str | None = None
 
 
 class StoreSettings(_Section):
@@ -149,6 +169,7 @@ class Settings(_Section):
     admin: ListenerSettings = ListenerSettings(port=8001)
     models: tuple[ModelSettings, ...] = ()
     seal: SealSettings = SealSettings()
+    oidc: OIDCSettings | None = None
     policy: PolicySettings = PolicySettings()
     templates: TemplateSettings = TemplateSettings()
     guard: GuardSettings = GuardSettings()

@@ -249,6 +249,12 @@ class Usage:
     completion_tokens: int = 0
     cached_tokens: int = 0
 
+    def add(self, other: Usage) -> None:
+        """Add another count to this one."""
+        self.prompt_tokens += other.prompt_tokens
+        self.completion_tokens += other.completion_tokens
+        self.cached_tokens += other.cached_tokens
+
 
 @dataclass(slots=True)
 class Delta:
@@ -271,6 +277,7 @@ class Outcome:
     status: str = "failed"
     finish_reasons: dict[int, str] = field(default_factory=dict)
     usage: Usage = field(default_factory=Usage)
+    extra_usage: Usage = field(default_factory=Usage)
     scan: ScanReport | None = None
     error_code: str | None = None
 
@@ -281,3 +288,4 @@ class Outcome:
                 self.finish_reasons[delta.index] = delta.finish_reason
             if delta.usage is not None:
                 self.usage = delta.usage
+                self.usage.add(self.extra_usage)

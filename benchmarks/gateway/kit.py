@@ -1,4 +1,4 @@
-"""A whole gateway for tests and benchmarks: real processes, real sockets, a real log; only the engine is an instant one."""
+"""A whole gateway for tests and benchmarks: real processes, sockets and log; only the engine is an instant one."""
 
 from __future__ import annotations
 

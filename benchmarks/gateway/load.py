@@ -1,4 +1,4 @@
-"""A closed-loop HTTP load generator for one request, written to cost little: it shares the machine with what it loads."""
+"""A closed-loop HTTP load generator for one request; it costs little, for it shares the machine with what it loads."""
 
 from __future__ import annotations
 
@@ -122,5 +122,5 @@ async def closed_loop(
 def http_request(path: str, body: bytes, *, key: str = "") -> bytes:
     """A whole POST request."""
     auth = f"authorization: Bearer {key}\r\n" if key else ""
-    head = f"POST {path} HTTP/1.1\r\nhost: bench\r\n{auth}content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-    return head.encode() + body
+    head = f"POST {path} HTTP/1.1\r\nhost: bench\r\n{auth}content-type: application/json\r\n"
+    return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body

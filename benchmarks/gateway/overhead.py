@@ -2,14 +2,13 @@
 
     python -m benchmarks.gateway.overhead [--seconds 5] [--json FILE] [--state DIR]
 
-The engine answers at once. The gateway has one core of its own; load generator, engine and audit writer share the other.
-The state lies on the disk of `--state`, for the audit log's two fdatasyncs a request are part of what is measured.
+The engine answers at once. The gateway has one core of its own; load generator, engine and audit writer share another.
+The state lies on the disk of `--state`: the audit log's two fdatasyncs a request are part of what is measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import platform

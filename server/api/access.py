@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from server.ports import Authenticator
-    from server.types import Client, Credentials, Decision, Principal
+    from server.types import Client, Credentials, Decision, Obligations, Principal
 
 
 class DecidesAll(Protocol):
@@ -63,7 +63,18 @@ class Access:
             PermissionDeniedError: No policy permits it.
         """
         principal = await self.identify(credentials, client, route)
-        decision = self._policy.decide(principal, action, None, client)
+        await self.permit(principal, action, None, client, route)
+        return principal
+
+    async def permit(
+        self, principal: Principal, action: str, request: ModelRequest | None, client: Client, route: str
+    ) -> Decision:
+        """Return the decision, if it permits; a refusal is on record first.
+
+        Raises:
+            PermissionDeniedError: No policy permits it.
+        """
+        decision = self._policy.decide(principal, action, request, client)
         if not decision.allowed:
             await self._record(
                 "admin:request:refused",
@@ -75,7 +86,11 @@ class Access:
                 reason=decision.reason,
             )
             raise PermissionDeniedError(decision.reason)
-        return principal
+        return decision
+
+    def obligations(self, principal: Principal, action: str, request: ModelRequest, client: Client) -> Obligations:
+        """Return what policy would demand of `action`; nothing where it would not permit it."""
+        return self._policy.decide(principal, action, request, client).obligations
 
     async def act(self, event: str, principal: Principal, **what: Any) -> None:
         """Put an act on record; it must be durable before it takes effect.

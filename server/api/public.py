@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import orjson
 from fastapi import FastAPI
@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from server.api.body import Body, parse_json_object
 from server.api.chat import ChatFormat
 from server.api.completions import CompletionFormat
 from server.api.edge import Edge, not_found
@@ -22,7 +23,10 @@ from server.api.messages import MessageFormat
 from server.api.models import anthropic_model, list_models, openai_model
 from server.api.problems import describe
 from server.api.responses import ResponseFormat
+from server.api.service import parse_count, parse_scan, parse_tokenize, scan_answer
 from server.errors import MethodNotAllowedError, ModelNotFoundError, StrongroomError
+from server.pipeline import canonical
+from server.types import Chat, Obligations
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,7 +37,7 @@ if TYPE_CHECKING:
     from server.api.exchange import Traffic
     from server.api.wire import Format
     from server.registry.served import ModelRegistry, ServedModel
-    from server.types import Principal
+    from server.types import ModelRequest, Principal, ScanReport
 
 MODEL_ROUTES: tuple[tuple[str, Format], ...] = (
     ("/v1/chat/completions", ChatFormat()),
@@ -47,6 +51,22 @@ MODEL_ROUTES: tuple[tuple[str, Format], ...] = (
 """Every route that reaches a model; the tests enumerate controls over this table."""
 
 
+class Scans(Protocol):
+    """The guard, as `/v1/scan` uses it."""
+
+    async def scan(self, text: str, *, language: str | None = None, path: str | None = None) -> ScanReport:
+        """Return the verdict on one text."""
+        ...
+
+
+class Receipts(Protocol):
+    """Where receipts are found."""
+
+    async def find(self, reference: str, principal: Principal) -> dict[str, Any]:
+        """Return the receipt of one's own request."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class PublicDeps:
     """What the public routes need."""
@@ -54,6 +74,8 @@ class PublicDeps:
     traffic: Traffic
     models: ModelRegistry
     access: Access
+    guard: Scans
+    receipts: Receipts
     ready: Callable[[], bool]
     cors_origins: tuple[str, ...] = ()
 
@@ -137,6 +159,49 @@ def build_public(deps: PublicDeps) -> ASGIApp:
             param="model",
         )
 
+    async def body_of(request: Request) -> dict[str, Any]:
+        limits = deps.traffic.limits
+        body = Body(request.scope, request.receive, max_bytes=limits.max_body_bytes, timeout_s=limits.body_timeout_s)
+        return parse_json_object(await body.read())
+
+    async def scan(request: Request) -> Response:
+        scope = request.scope
+        await deps.access.admit(read_credentials(scope), read_client(scope), "/v1/scan", "guard:text:scan")
+        text, language, path = parse_scan(await body_of(request))
+        return json_response(scan_answer(await deps.guard.scan(text, language=language, path=path)))
+
+    async def receipt(request: Request, reference: str) -> Response:
+        scope = request.scope
+        principal = await deps.access.admit(
+            read_credentials(scope), read_client(scope), "/v1/audit/receipt", "audit:receipt:read"
+        )
+        return json_response(await deps.receipts.find(reference, principal))
+
+    async def count(request: Request, parse: Callable[[dict[str, Any]], ModelRequest], route: str) -> tuple[Any, Any]:
+        scope = request.scope
+        client = read_client(scope)
+        principal = await deps.access.identify(read_credentials(scope), client, route)
+        wanted = parse(await body_of(request))
+        model = deps.models.find(wanted.model)
+        wanted = canonical(wanted, model)
+        await deps.access.permit(principal, "model:token:count", wanted, client, route)
+        # A conversation is counted as it would be served, the security template included; a raw text as it stands.
+        demands = Obligations(stand_in="raw")
+        if isinstance(wanted.payload, Chat):
+            demands = deps.access.obligations(principal, "model:chat:create", wanted, client)
+        return model, await model.render(wanted, demands, principal)
+
+    async def tokenize(request: Request) -> Response:
+        model, prompt = await count(request, parse_tokenize, "/tokenize")
+        answer = {"count": prompt.num_tokens, "max_model_len": model.engine.max_model_len}
+        if prompt.template.id == "none":  # ids of a templated prompt would spell the template out
+            answer["tokens"] = prompt.token_ids
+        return json_response(answer)
+
+    async def count_tokens(request: Request) -> Response:
+        _, prompt = await count(request, parse_count, "/v1/messages/count_tokens")
+        return json_response({"input_tokens": prompt.num_tokens})
+
     async def live(request: Request) -> Response:
         return Response(b"ok\n", media_type="text/plain; charset=utf-8")
 
@@ -150,6 +215,10 @@ def build_public(deps: PublicDeps) -> ASGIApp:
 
     app.add_api_route("/v1/models", models, methods=["GET"], response_model=None)
     app.add_api_route("/v1/models/{name:path}", model, methods=["GET"], response_model=None)
+    app.add_api_route("/v1/scan", scan, methods=["POST"], response_model=None)
+    app.add_api_route("/v1/audit/receipt/{reference}", receipt, methods=["GET"], response_model=None)
+    app.add_api_route("/tokenize", tokenize, methods=["POST"], response_model=None)
+    app.add_api_route("/v1/messages/count_tokens", count_tokens, methods=["POST"], response_model=None)
     app.add_api_route("/livez", live, methods=["GET"], response_model=None)
     app.add_api_route("/readyz", ready, methods=["GET"], response_model=None)
     app.add_api_route("/", head, methods=["HEAD"], response_model=None)

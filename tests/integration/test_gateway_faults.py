@@ -8,8 +8,8 @@ import time
 import httpx
 import pytest
 
-from server.audit.verify import Verifier
 from benchmarks.gateway.kit import MODEL, wait_until
+from server.audit.verify import Verifier
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
 

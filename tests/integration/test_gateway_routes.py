@@ -6,8 +6,8 @@ from typing import Any
 import httpx
 import pytest
 
-from server.api.public import MODEL_ROUTES
 from benchmarks.gateway.kit import EMBEDDER, MODEL
+from server.api.public import MODEL_ROUTES
 
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]},
