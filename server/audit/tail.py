@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 _POLL_S = 0.2
 _MAX_LINE_BYTES = 1_024
+_ATTEMPTS = 5
+_RETRY_S = 0.02
 
 
 class Cursor:
@@ -57,6 +59,20 @@ class Cursor:
         self._segment, self._offset, self._at = path, 0, first
 
     def _read_segment(self) -> Iterator[tuple[Path, Commit]]:
+        """Read on; what looks damaged may be a commit that is being written, so it is looked at more than once."""
+        for attempt in range(_ATTEMPTS):
+            try:
+                yield from self._read_once()
+            except JournalError as err:
+                if err.torn_bytes:
+                    return
+                if attempt + 1 == _ATTEMPTS:
+                    raise TileError(f"The journal is damaged at entry {err.index}: {err}") from err
+                time.sleep(_RETRY_S)
+            else:
+                return
+
+    def _read_once(self) -> Iterator[tuple[Path, Commit]]:
         assert self._segment is not None  # noqa: S101 - set by `read`
         with self._segment.open("rb") as file:
             if not self._offset:
@@ -65,15 +81,11 @@ class Cursor:
                     return
                 self._offset = len(line)
             file.seek(self._offset)
-            try:
-                for commit in journal.read_commits(file, self._at):
-                    self._offset, self._at = commit.end, commit.first + commit.count
-                    if self._at > self.index:
-                        yield self._segment, commit
-                        self.index = self._at
-            except JournalError as err:
-                if not err.torn_bytes:  # torn at the end: the writer is in the middle of it
-                    raise TileError(f"{self._segment.name}: {err}") from err
+            for commit in journal.read_commits(file, self._at):
+                self._offset, self._at = commit.end, commit.first + commit.count
+                if self._at > self.index:
+                    yield self._segment, commit
+                    self.index = self._at
 
 
 def entries_from(directory: Path, index: int) -> Iterator[tuple[int, bytes]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 _PROGRESS_EVERY = 4_096
 _MAX_ATTEMPTS = 20
+_RETRY_S = 0.05
 _FILES = frozenset({"checkpoint", "vkey", "tile", "journal", "minimum-index", "cosignatures", "lock"})
 
 
@@ -219,7 +222,12 @@ class Verifier:
                 )
             with path.open("rb") as file:
                 self._offset = journal.read_segment_line(file, self._key.name, first)
-                self._walk_segment(file)
+                try:
+                    self._walk_segment(file)
+                except JournalError:
+                    if number + 1 < len(segments) or self._tree.size != self._good or not self._is_live():
+                        raise
+                    time.sleep(_RETRY_S)  # a commit that was being written while it was read; `_settle` reads on
                 if number + 1 < len(segments) and (self._tree.size == first or file.seek(0, 2) != self._offset):
                     raise VerificationError(f"{path.name} does not end with a commit.", index=self._tree.size)
 
@@ -254,10 +262,22 @@ class Verifier:
                 return False
             try:
                 self._walk_segment(file)
-            except JournalError as err:
-                if not err.torn_bytes:  # torn: the writer is in the middle of it
+            except JournalError:
+                if self._tree.size != self._good or not self._is_live():
                     raise
+                time.sleep(_RETRY_S)
         return self._tree.size > before
+
+    def _is_live(self) -> bool:
+        """Whether a writer holds the log, so that its end may be caught half written."""
+        try:
+            with (self._directory / "lock").open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except FileNotFoundError:
+            return False
+        return False
 
     def _check_commit(self, commit: Commit) -> None:
         entries = split_entries(commit.entries)

@@ -197,3 +197,27 @@ async def test_a_writer_that_hangs_is_unavailable_in_bounded_time(tmp_path: Path
         os.kill(process.pid, signal.SIGCONT)
         assert await client.append(act(3)) == 3  # the entry nobody waited for is in the log, and answers still match
         await client.aclose()
+
+
+async def test_a_live_log_verifies_while_it_is_written(tmp_path: Path) -> None:
+    with writer_process(tmp_path, "--segment-bytes", "150000", "--publish-interval-s", "0.01"):
+        client = AuditClient(tmp_path / "audit.sock")
+        is_done = asyncio.Event()
+
+        async def load(name: str) -> None:
+            number = 0
+            while not is_done.is_set():
+                number += 1
+                await client.append(accepted(f"{name}-{number}"))
+                await client.append(finished(f"{name}-{number}"))
+
+        tasks = [asyncio.create_task(load(f"r{at}")) for at in range(4)]
+        sizes = []
+        for _ in range(12):
+            report = await asyncio.to_thread(Verifier(tmp_path / "audit", key=read_vkey(tmp_path)).verify)
+            sizes.append(report.size)
+        is_done.set()
+        await asyncio.gather(*tasks)
+        await client.aclose()
+    assert sizes == sorted(sizes)
+    assert sizes[-1] > sizes[0]

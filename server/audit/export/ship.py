@@ -122,7 +122,7 @@ class Shipper:
                 if not self._is_delayed:
                     self._is_delayed = True
                     self._on_state(True, self.index)
-                self.index = max(0, self.index - self._overlap)
+                    self.index = max(0, self.index - self._overlap)
                 self._cursor = None
                 self._sleep(wait_s)
                 wait_s = min(wait_s * 2, _MAX_WAIT_S)

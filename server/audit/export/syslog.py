@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _FACILITY_LOG_AUDIT = 13
 _SEND_BUFFER_BYTES = 128 * 1024  # what a dead receiver can take with it; small, since it is sent again
 _TIMEOUT_S = 10.0
+_TCP_ESTABLISHED = 1  # first byte of struct tcp_info, linux/tcp.h
 _PEN = 32473  # RFC 5612: the enterprise number for examples and private use
 _BOM = "\ufeff"
 
@@ -118,6 +119,9 @@ class SyslogSink:
         end_s = time.monotonic() + _TIMEOUT_S
         left = array.array("i", [0])
         while True:
+            # A reset socket keeps its unacknowledged bytes and reports no error here; a closed peer reads no more.
+            if stream.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != _TCP_ESTABLISHED:
+                raise ConnectionResetError("the syslog receiver closed the connection")
             fcntl.ioctl(stream.fileno(), termios.TIOCOUTQ, left)
             if not left[0]:
                 return
