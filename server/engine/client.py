@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import ssl
 from contextlib import suppress
 from pathlib import Path
@@ -82,6 +83,9 @@ class EngineClient:
         embeds: Whether it is an embedding model.
         timeouts: Bounds of one exchange.
         api_key: Sent as a bearer token to a remote engine.
+
+    Raises:
+        ConfigError: The API key is not one.
     """
 
     def __init__(
@@ -101,7 +105,13 @@ class EngineClient:
         self._served_name = served_name or model
         self._address = address
         self._timeouts = timeouts or Timeouts()
-        headers = (("authorization", f"Bearer {api_key.reveal()}"),) if api_key is not None else ()
+        headers: tuple[tuple[str, str], ...] = ()
+        if api_key is not None:
+            if not re.fullmatch(r"[\x21-\x7e]+", api_key.reveal()):
+                raise ConfigError(
+                    f"The API key for the engine of model '{model}' has characters that a header can't hold."
+                )
+            headers = (("authorization", f"Bearer {api_key.reveal()}"),)
         self._pool = Pool(address, self._timeouts, headers=headers, on_connect=self._check_identity)
         # Which incarnation of the engine passed the self-test. A restarted engine has a new socket file, hence another
         # identity, and gets no request before its own test.

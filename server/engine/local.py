@@ -112,6 +112,7 @@ def local_engine_spec(
         ready_limit_s=ready_limit_s,
         grace_s=30.0,
         log_path=paths.log,
+        discreet_log=True,
         before_start=before_start,
         after_exit=after_exit,
         critical=False,  # other models go on without this one, and the gateway says 503 for it

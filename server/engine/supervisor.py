@@ -18,6 +18,7 @@ from typing import Any
 
 from server.engine.config import EXIT_REFUSED
 from server.engine.isolation import become_subreaper
+from server.engine.log import ChildLog
 from server.engine.tree import kill_tree, tree_members
 from server.errors import KMSUnreachableError, StartError
 
@@ -86,6 +87,9 @@ class ChildSpec:
         ready_limit_s: How long it may take to become ready.
         stop_signal: Sent first when it is to stop.
         grace_s: From then until the whole tree is killed.
+        log_path: Where its output goes; made with mode 0600.
+        discreet_log: Whether texts of callers are kept out of it; see `server/engine/log.py`.
+        cwd: Its working directory; None for ours.
         before_start: Called before each start, the first too: makes folders, writes records, and returns what only this
             start inherits. What it raises counts as a failed start; a `StartError` is not tried again, unless it is a
             `KMSUnreachableError`.
@@ -108,6 +112,7 @@ class ChildSpec:
     health_limit_s: float = 10.0
     max_health_failures: int = 5
     log_path: Path | None = None
+    discreet_log: bool = False
     cwd: Path | None = None
     before_start: Callable[[], Awaitable[Handover | None]] | None = None
     after_exit: Callable[[], Awaitable[None]] | None = None
@@ -139,6 +144,7 @@ class Child:
     last_error: str = ""
     _stopping: bool = False
     _refused: bool = False
+    _log: ChildLog | None = None
     _tree: dict[int, int] = field(default_factory=dict)
     _task: asyncio.Task[None] | None = None
 
@@ -171,6 +177,7 @@ class Child:
         if self.process is not None:
             await kill_tree(self.process, self._tree)
             self.process = None
+        self._close_log()
         self.is_ready.clear()
         self._emit(ChildEvent.STOPPED)
 
@@ -202,11 +209,12 @@ class Child:
         self._emit(ChildEvent.STARTING)
         try:
             handover = await spec.before_start() if spec.before_start is not None else None
-            self.process = process = _spawn(spec, handover or Handover({}))
+            self.process = process = self._spawn(handover or Handover({}))
         # The worker supervisor's boundary (STYLE.md, section 5): whatever goes wrong before a child runs is a failed
         # start of this child, and must not take the supervisor and the other children with it.
         except Exception as err:  # noqa: BLE001
             self.last_error = str(err)
+            self._close_log()
             logger.error("child %s could not be started: %s", spec.name, err)  # noqa: TRY400 - no stack: it is expected
             refused = isinstance(err, StartError) and not isinstance(err, KMSUnreachableError)
             self._emit(ChildEvent.EXITED, code=EXIT_REFUSED if refused else -1, ready=False, error=_code_of(err))
@@ -222,6 +230,7 @@ class Child:
         was_ready = self.is_ready.is_set()
         self.is_ready.clear()
         await kill_tree(process, self._tree)  # what it started must not outlive it
+        self._close_log()
         self.process = None
         lived_s = loop.time() - start_s
         if not self._stopping:
@@ -229,6 +238,24 @@ class Child:
         if spec.after_exit is not None:
             await spec.after_exit()
         return _Exit(code, was_ready, lived_s)
+
+    def _spawn(self, handover: Handover) -> subprocess.Popen[bytes]:
+        spec, log = self.spec, None
+        if spec.log_path is not None and spec.discreet_log:
+            self._log = ChildLog(spec.log_path)
+            log = self._log.open()
+        elif spec.log_path is not None:
+            log = os.open(spec.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            return _spawn(spec, handover, log)
+        finally:
+            if log is not None:
+                os.close(log)
+
+    def _close_log(self) -> None:
+        if self._log is not None:
+            self._log.close()
+            self._log = None
 
     async def _watch(self, process: subprocess.Popen[bytes], start_s: float) -> None:
         """Wait until ready, then ask for health; kill the process where either fails."""
@@ -353,11 +380,8 @@ class Supervisor:
         fresh.start()
 
 
-def _spawn(spec: ChildSpec, handover: Handover) -> subprocess.Popen[bytes]:
+def _spawn(spec: ChildSpec, handover: Handover, log: int | None) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-I", "-S", str(LAUNCHER), str(os.getpid()), *spec.argv]
-    log = None
-    if spec.log_path is not None:
-        log = os.open(spec.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
         return subprocess.Popen(  # noqa: S603 - the command is made by us, without a shell
             command,
@@ -370,7 +394,7 @@ def _spawn(spec: ChildSpec, handover: Handover) -> subprocess.Popen[bytes]:
             cwd=spec.cwd,
         )
     finally:
-        for fd in (*handover.fds, *([log] if log is not None else [])):
+        for fd in handover.fds:
             os.close(fd)
 
 

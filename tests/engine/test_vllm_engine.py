@@ -22,7 +22,7 @@ import pytest
 
 from server.engine.client import EngineClient, unix_address
 from server.engine.local import engine_paths, isolation_status
-from server.errors import EngineError, EngineUnavailableError
+from server.errors import EngineError, EngineUnavailableError, RequestError
 from server.types import Chat, Completion, Delta, ModelRequest, Payload, Prompt, RequestId, TemplateRef, WireFormat
 
 if TYPE_CHECKING:
@@ -251,6 +251,18 @@ async def test_forced_tools_hold_to_their_schema(client: EngineClient) -> None:
 
 async def test_more_stop_strings_than_vllm_permits_by_itself(client: EngineClient) -> None:
     assert await ask(client, stop=[f"never-{i}" for i in range(32)])
+
+
+async def test_a_refused_schema_leaves_no_text_in_the_log(client: EngineClient, state_dir: Path) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": "(?=CANARY)b(("}}}
+    chat = Chat((), response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
+    with pytest.raises(RequestError) as caught:
+        await ask(client, chat)
+    assert "CANARY" not in str(caught.value)
+    assert await ask(client)
+    log = engine_paths(state_dir, "smollm2").log.read_text()
+    assert "CANARY" not in log
+    assert "VLLMValidationError" in log
 
 
 async def gauge(client: EngineClient, name: str) -> float:

@@ -21,6 +21,7 @@ from server.types import (
     Payload,
     Prompt,
     RequestId,
+    Secret,
     TemplateRef,
     WireFormat,
 )
@@ -248,6 +249,12 @@ async def test_wait_ready_gives_up(tmp_path: Path) -> None:
     client = EngineClient("m", 4096, unix_address(tmp_path / "absent"))
     with pytest.raises(EngineUnavailableError, match="did not become ready"):
         await client.wait_ready(0.05, interval_s=0.01)
+
+
+@pytest.mark.parametrize("key", ["", "a b", "a\r\nx: y", "ü"])
+async def test_an_api_key_can_not_be_more_than_a_key(key: str) -> None:
+    with pytest.raises(ConfigError):
+        EngineClient("m", 4096, url_address("http://x", allow_plaintext=True), api_key=Secret(key))
 
 
 async def test_by_url(tmp_path: Path) -> None:
