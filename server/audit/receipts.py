@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from server.audit.checkpoint import NoteError
 from server.audit.proof import NotPublishedError, new_receipt
 from server.audit.search import Query, SearchIndex
+from server.audit.tail import journal_size
 from server.audit.tiles import TileError
 from server.errors import AuditUnavailableError, NotFoundError
 
@@ -55,6 +56,8 @@ class Receipts:
         try:
             data, receipt = new_receipt(self._directory, index)
         except NotPublishedError as err:
+            if index >= journal_size(self._directory):
+                raise missing from err
             raise AuditUnavailableError(str(err), retry_after_s=1) from err
         except TileError as err:  # pruned
             raise missing from err
