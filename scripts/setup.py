@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -170,21 +170,23 @@ class Environment:
     def missing(self, locks: Sequence[str]) -> list[str] | None:
         """Return which of `locks` must still be installed, or None if the environment must be made anew."""
         stamp = self.stamp()
-        held = {name: digest for name, digest in stamp.items() if name.startswith("locks/")}
-        if not held or stamp.get("root") != str(self.root) or not os.access(self.python, os.X_OK):
+        other_engine = [name for name in stamp if name.startswith("locks/serve-") and name not in locks]
+        usable = stamp.get("root") == str(self.root) and os.access(self.python, os.X_OK)
+        if other_engine or not usable or self._unfinished.exists():
             return None
-        stale = [
-            name for name, digest in held.items() if not (self.root / name).exists() or digest != self.digest(name)
-        ]
-        other_engine = [name for name in held if name.startswith("locks/serve-") and name not in locks]
-        return None if stale or other_engine else [name for name in locks if name not in held]
+        return [name for name in locks if stamp.get(name) != self.digest(name)]
+
+    def project_digest(self) -> str:
+        """Return a digest of what an editable install depends on: the settings, and which packages there are."""
+        packages = [name for name in ("server", "benchmarks", "kernels/serving_kernels") if (self.root / name).is_dir()]
+        return hashlib.sha256(f"{self.digest('pyproject.toml')} {packages}".encode()).hexdigest()
 
     def create(self, run: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run) -> None:
         """Make an empty environment in place of what an earlier, unfinished or outdated set-up left."""
         if self.path.exists():
-            if not (self.path / "pyvenv.cfg").exists() or not ((self._stamp.exists()) or self._unfinished.exists()):
+            if not (self.path / "pyvenv.cfg").exists() or not (self._stamp.exists() or self._unfinished.exists()):
                 raise SetupError(f"{self.path} was not made by this set-up. Move it away (or rm -r it) and run again.")
-            say("clearing .venv: the locked packages changed, or the last set-up did not finish")
+            say("clearing .venv: the last set-up did not finish, or was for another engine or folder")
             self._stamp.unlink(missing_ok=True)
             self._unfinished.touch()
             shutil.rmtree(self.path)
@@ -237,6 +239,16 @@ class Environment:
         command += [part for name in locks for part in ("-r", str(self.root / name))]
         self._pip(command, total, "installing packages")
 
+    def prune(self, locks: Collection[str]) -> None:
+        """Uninstall what no locked list names (any more)."""
+        listing = "import importlib.metadata as m; print(*{d.name for d in m.distributions()}, sep='\\n')"
+        listed = subprocess.run([str(self.python), "-I", "-c", listing], capture_output=True, text=True, check=True)
+        named = {"pip", "strongroom"}.union(*(parse_pins((self.root / name).read_text()) for name in locks))
+        extra = sorted({re.sub(r"[-_.]+", "-", name).lower() for name in listed.stdout.split()} - named)
+        if extra:
+            say(f"removing {len(extra)} packages that are no longer locked: {' '.join(extra)}")
+            self._pip([str(self.python), "-m", "pip", "uninstall", "--yes", *extra], len(extra), "removing packages")
+
     def install_project(self) -> None:
         """Make `strongroom` and its vLLM plug-in known to the environment; needs no network."""
         command = [
@@ -258,7 +270,7 @@ class Environment:
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=self.root
             )
             try:
-                lines = follow(cast("IO[bytes]", process.stdout), sink, total, title)
+                lines = follow(cast("IO[bytes]", process.stdout), sink, total, title, self._unfinished.touch)
             except BaseException:
                 process.terminate()
                 process.wait()
@@ -283,8 +295,11 @@ def explain_pip(lines: list[str], log: Path) -> str:
     return f"pip failed: {first.removeprefix('ERROR: ')} Mend that and run again; pip's words: {log}"
 
 
-def follow(stream: IO[bytes], sink: IO[bytes], total: int, title: str) -> list[str]:
-    """Copy pip's output to `sink` while saying on the terminal how far it is; return its last lines."""
+def follow(stream: IO[bytes], sink: IO[bytes], total: int, title: str, begins: Callable[[], object]) -> list[str]:
+    """Copy pip's output to `sink` while saying on the terminal how far it is; return its last lines.
+
+    `begins` is called when pip has fetched everything and begins to change the environment.
+    """
     lines: list[str] = []
     pending, done, what, start, spoken = b"", 0, "", time.monotonic(), 0.0
     while True:
@@ -304,6 +319,7 @@ def follow(stream: IO[bytes], sink: IO[bytes], total: int, title: str) -> list[s
                     what = f"{what.split(' ')[0]} {line[line.rindex('(') :]}"
                 elif line.startswith("Installing collected packages"):
                     what = "unpacking"
+                    begins()
         elapsed = time.monotonic() - start
         if sys.stdout.isatty() or elapsed - spoken >= 15:
             spoken = elapsed
@@ -336,28 +352,29 @@ def install(root: Path, engine: str, *, dev: bool) -> None:
             say("another set-up of this clone is running; waiting for it")
             fcntl.flock(guard, fcntl.LOCK_EX)
         missing = env.missing(locks)
-        if missing:
-            check_disk(root, RUN_BYTES)
-        elif missing is None:
+        if missing is None:
             check_disk(root, INSTALL_BYTES)
             say(f"setting up .venv for the {engine.upper()} engine (once; a few minutes)")
             env.create()
             try:
-                pins = parse_pins((root / locks[0]).read_text())
-                check_registry(engine, pins, env.versions)
+                check_registry(engine, parse_pins((root / locks[0]).read_text()), env.versions)
                 env.install(locks)
             except SetupError:
                 env.remove()
                 raise
-            missing = []
             env.write_stamp({"root": str(root), **{name: env.digest(name) for name in locks}})
             env.finish()
-        if missing:
+        elif missing:
+            check_disk(root, RUN_BYTES)
             env.install(missing)
+            held = [name for name in env.stamp() if name.startswith("locks/") and (root / name).exists()]
+            env.prune({*held, *locks})
             env.write_stamp({**env.stamp(), **{name: env.digest(name) for name in missing}})
-        if env.stamp().get("pyproject.toml") != env.digest("pyproject.toml"):
+            env.finish()
+        if env.stamp().get("project") != env.project_digest():
             env.install_project()
-            env.write_stamp({**env.stamp(), "pyproject.toml": env.digest("pyproject.toml")})
+            env.write_stamp({**env.stamp(), "project": env.project_digest()})
+            env.finish()
 
 
 # --- what the tests need from the system ----------------------------------------------------------------------------

@@ -144,9 +144,26 @@ def test_tests_add_to_what_serves(clone):
     assert setup.Environment(clone).missing(["locks/serve-cpu.txt", "locks/dev.txt"]) == ["locks/dev.txt"]
 
 
-def test_changed_list_means_a_new_environment(clone):
+def test_changed_list_is_installed_again(clone):
     (clone / "locks" / "serve-cpu.txt").write_text(LOCK)
-    assert setup.Environment(clone).missing(["locks/serve-cpu.txt"]) is None
+    assert setup.Environment(clone).missing(["locks/serve-cpu.txt"]) == ["locks/serve-cpu.txt"]
+
+
+def test_what_is_no_longer_locked_is_removed(clone, monkeypatch):
+    installed = done("pip\nstrongroom\nfastapi\nNumPy\nold_one\n")
+    monkeypatch.setattr(setup.subprocess, "run", lambda *_, **__: installed)
+    env, commands = setup.Environment(clone), []
+    monkeypatch.setattr(env, "_pip", lambda command, *_: commands.append(command[1:]))
+    env.prune(["locks/serve-cpu.txt"])
+    assert commands == [["-m", "pip", "uninstall", "--yes", "old-one"]]
+
+
+def test_new_package_of_the_project_means_installing_it_again(clone):
+    env = setup.Environment(clone)
+    (clone / "pyproject.toml").touch()
+    before = env.project_digest()
+    (clone / "kernels" / "serving_kernels").mkdir(parents=True)
+    assert env.project_digest() != before
 
 
 def test_other_engine_means_a_new_environment(clone):
@@ -161,7 +178,6 @@ def test_moved_clone_means_a_new_environment(clone, tmp_path_factory):
 
 def test_interrupted_install_is_begun_again(clone):
     env = setup.Environment(clone)
-    (env.path / "strongroom-setup.json").unlink()
     (env.path / "strongroom-setup-unfinished").touch()
     (env.path / "leftover").touch()
     assert env.missing(["locks/serve-cpu.txt"]) is None
@@ -204,9 +220,10 @@ def test_progress_names_the_package_and_keeps_the_words(capsys):
         writer, b"Collecting torch==2.13.0\n  Downloading torch.whl (182 MB)\nInstalling collected packages: torch\n"
     )
     os.close(writer)
-    sink = io.BytesIO()
+    sink, begun = io.BytesIO(), []
     with os.fdopen(reader, "rb") as stream:
-        lines = setup.follow(stream, sink, 3, "installing packages")
+        lines = setup.follow(stream, sink, 3, "installing packages", lambda: begun.append(True))
+    assert begun == [True]
     assert lines[0] == "Collecting torch==2.13.0"
     assert b"182 MB" in sink.getvalue()
     assert "installing packages: done" in capsys.readouterr().out
