@@ -65,6 +65,9 @@ class Rule:
 class PolicySet:
     """A validated set of policies.
 
+    `reads` names the fields of a question that some policy looks at, beside groups, scopes, action and model. Others
+    can't change an answer, so a caller may leave them out, and more questions are equal.
+
     Args:
         rules: By id.
         digest: Lowercase hex SHA-256 over schema and policies.
@@ -73,6 +76,7 @@ class PolicySet:
     def __init__(self, rules: dict[str, Rule], digest: str) -> None:
         self.rules = rules
         self.digest = digest
+        self.reads = _find_reads([rule.source for rule in rules.values()])
         self._handle = cedarpy.PolicySet.from_json_str(
             json.dumps(
                 {
@@ -196,6 +200,35 @@ def _translate(question: Question) -> tuple[dict[str, Any], str]:
         "context": context,
     }
     return request, json.dumps(entities)
+
+
+_ATTRIBUTES = {
+    "subject": "subject", "tenant": "tenant", "method": "method", "stage": "stage", "classification": "classification",
+    "licence": "licence", "wire": "wire", "tokens": "num_tokens", "stream": "stream", "data": "data",
+    "network": "address", "client": "client", "hour": "hour", "weekday": "weekday",
+}  # fmt: skip
+
+
+def _find_reads(node: Any) -> frozenset[str]:
+    """Return the fields of a question that a policy in Cedar's JSON form may look at."""
+    found: set[str] = set()
+    if isinstance(node, dict):
+        if node.get("type") == "User":  # a person is named, so it matters who asks
+            found |= {"subject", "tenant"}
+        if node.get("Var") == "context":  # the context as a whole: see below for the usual way to an attribute of it
+            found |= set(_ATTRIBUTES.values())
+        for name, inside in node.items():
+            if name in (".", "has") and isinstance(inside, dict) and "attr" in inside:
+                if inside["attr"] in _ATTRIBUTES:
+                    found.add(_ATTRIBUTES[inside["attr"]])
+                if inside["left"] != {"Var": "context"}:
+                    found |= _find_reads(inside["left"])
+            elif name != "annotations":
+                found |= _find_reads(inside)
+    elif isinstance(node, list):
+        for one in node:
+            found |= _find_reads(one)
+    return frozenset(found)
 
 
 def _network(address: str) -> str:

@@ -164,18 +164,27 @@ class PolicyEngine:
     def form_question(
         self, principal: Principal, action: str, request: ModelRequest | None, client: Client
     ) -> Question | None:
-        """Return what will be asked of the policies; None where the model is not served."""
-        hour, weekday = self._now()
-        name = client.user_agent.partition("/")[0][:MAX_CLIENT_CHARS].lower()
+        """Return what will be asked of the policies; None where the model is not served.
+
+        What no policy of the set in force looks at is left out: it can't change the answer.
+        """
+        reads = self.policies.reads
+        hour, weekday = self._now() if "hour" in reads or "weekday" in reads else (0, 1)
+        name = client.user_agent.partition("/")[0][:MAX_CLIENT_CHARS].lower() if "client" in reads else ""
+        address = client.address if "address" in reads else ""
+        reads_who = "subject" in reads or "tenant" in reads
+        subject = principal.subject if reads_who else ""
+        tenant = principal.tenant if reads_who else ""
+        method = principal.method if "method" in reads else ""
         if request is None or action not in ON_A_MODEL:
             return Question(
-                principal.subject,
-                principal.tenant,
+                subject,
+                tenant,
                 principal.groups,
                 principal.scopes,
-                principal.method,
+                method,
                 action,
-                address=client.address,
+                address=address,
                 client=name,
                 hour=hour,
                 weekday=weekday,
@@ -183,22 +192,23 @@ class PolicyEngine:
         facts = self._models(request.model)
         if facts is None:
             return None
+        num_tokens = 1 << (estimate_tokens(request.payload) - 1).bit_length() if "num_tokens" in reads else 0
         return Question(
-            principal.subject,
-            principal.tenant,
+            subject,
+            tenant,
             principal.groups,
             principal.scopes,
-            principal.method,
+            method,
             action,
             request.model,
             facts.stage,
             facts.classification,
             facts.licence,
-            request.wire_format,
-            1 << (estimate_tokens(request.payload) - 1).bit_length(),
-            request.stream,
+            request.wire_format if "wire" in reads else "",
+            num_tokens,
+            request.stream if "stream" in reads else False,
             request.classification or "internal",
-            client.address,
+            address,
             name,
             hour,
             weekday,

@@ -155,9 +155,14 @@ def test_equal_questions_are_asked_once(monkeypatch):
     monkeypatch.setattr(PolicySet, "ask", count)
     for _ in range(3):
         engine.decide(new_principal(), "model:chat:create", new_request(), HERE)
-    engine.decide(new_principal(), "model:chat:create", new_request(stream=True), HERE)
+    # The default set looks at none of these.
+    engine.decide(new_principal(), "model:chat:create", new_request(stream=True), Client("10.9.9.9", "other"))
     engine.decide(new_principal(tenant=TenantId("zeta")), "model:chat:create", new_request(), HERE)
-    assert len(asked) == 3
+    assert len(asked) == 1
+    engine.decide(new_principal(), "model:chat:create", new_request(classification="public"), HERE)
+    engine.decide(new_principal(groups=frozenset({"ci"})), "model:chat:create", new_request(), HERE)
+    engine.decide(new_principal(scopes=frozenset({"*"})), "model:chat:create", new_request(), HERE)
+    assert len(asked) == 4
 
 
 def test_models_and_templates_in_quarantine_are_refused():
@@ -278,3 +283,25 @@ def test_the_strictest_of_each_stands(folder):
     assert demands.tools_allowed == ("a", "b")
     assert demands.audit_text
     assert not demands.egress_findings
+
+
+@pytest.mark.parametrize(
+    ("condition", "reads"),
+    [
+        ("true", set()),
+        ("context.hour > 3", {"hour"}),
+        ('context has data && context.data == "public"', {"data"}),
+        ('principal.tenant == "acme"', {"tenant"}),
+        ('principal == User::"acme/ana"', {"tenant", "subject"}),
+        ('[User::"acme/ana"].contains(principal)', {"tenant", "subject"}),
+        ('principal in Group::"x" && resource.stage == "live"', {"stage"}),
+        (
+            'if context.network.isIpv4() then context.client like "a*" else context.stream',
+            {"address", "client", "stream"},
+        ),
+        ("context == context", set(Question._fields) - {"groups", "scopes", "action", "model"}),
+    ],
+)
+def test_what_a_set_looks_at(folder, condition, reads):
+    (folder / "a.cedar").write_text(GOOD.replace("resource);", f"resource) when {{ {condition} }};"))
+    assert PolicySet.load(folder).reads == reads
