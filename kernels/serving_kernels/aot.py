@@ -18,8 +18,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from serving_kernels import chacha20, poly1305, token_mask
-from serving_kernels.launch import DEVICE_OPEN_PLAN, INTERPRETED, mask_words
+from serving_kernels import chacha20, four_bit, poly1305, token_mask
+from serving_kernels.launch import (
+    DEVICE_GATED_GEMV_PLAN,
+    DEVICE_GEMV_PLAN,
+    DEVICE_OPEN_PLAN,
+    INTERPRETED,
+    dequantize_words,
+    mask_words,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -162,6 +169,51 @@ def kernel_specs() -> tuple[KernelSpec, ...]:
             )
             for name in ("fp32", "bf16")
         ),
+        *(
+            KernelSpec(
+                f"four_bit.dequantize.{kind}",
+                four_bit.dequantize_words,
+                {
+                    "word_ptr": "*i32",
+                    "scale_ptr": scale,
+                    "table_ptr": "*fp32",
+                    "out_ptr": "*bf16",
+                    **dict.fromkeys(("num_words", "group_words"), "i32"),
+                },
+                {"WORDS": dequantize_words(1 << 20, interpreted=False), "NF4": kind == "nf4"},
+                num_warps=4,
+                max_registers=64,
+                divisible=frozenset({"num_words"}),
+            )
+            for kind, scale in (("nf4", "*fp32"), ("int4", "*bf16"))
+        ),
+        *(
+            KernelSpec(
+                f"four_bit.multiply.{kind}{'.gated' if activation else ''}",
+                four_bit.multiply_vector,
+                {
+                    "x_ptr": "*bf16",
+                    "word_ptr": "*i32",
+                    "scale_ptr": scale,
+                    "table_ptr": "*fp32",
+                    "bias_ptr": "*bf16",
+                    "out_ptr": "*bf16",
+                    **dict.fromkeys(("num_rows", "row_words", "group_words"), "i32"),
+                },
+                {
+                    "ROWS": gemv.rows,
+                    "WORDS": gemv.words,
+                    "NF4": kind == "nf4",
+                    "BIAS": True,
+                    "ACTIVATION": activation,
+                },
+                num_warps=gemv.warps,
+                max_registers=128,
+                divisible=frozenset({"num_rows", "row_words"}),
+            )
+            for kind, scale in (("nf4", "*fp32"), ("int4", "*bf16"))
+            for activation, gemv in ((0, DEVICE_GEMV_PLAN), (3, DEVICE_GATED_GEMV_PLAN))
+        ),
     )
 
 
@@ -236,17 +288,19 @@ def _run_tool(name: str, *arguments: str) -> str:
 
 
 @functools.cache
-def compile_all(targets: tuple[int, ...] = TARGETS) -> tuple[StaticCounts, ...]:
+def compile_all(targets: tuple[int, ...] = TARGETS, prefix: str = "") -> tuple[StaticCounts, ...]:
     """Compile every kernel for every target; about a second each, less where Triton's own cache has it."""
-    return tuple(compile_kernel(spec, target) for spec in kernel_specs() for target in targets)
+    specs = [spec for spec in kernel_specs() if spec.name.startswith(prefix)]
+    return tuple(compile_kernel(spec, target) for spec in specs for target in targets)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print the static counts as JSON; `python -m serving_kernels.aot` is what tests and benchmarks call."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kernel", default="", help="only kernels whose name begins so")
     parser.add_argument("--targets", type=int, nargs="+", default=list(TARGETS), help="compute capabilities, as 90")
     arguments = parser.parse_args(argv)
-    json.dump([asdict(counts) for counts in compile_all(tuple(arguments.targets))], sys.stdout)
+    json.dump([asdict(counts) for counts in compile_all(tuple(arguments.targets), arguments.kernel)], sys.stdout)
     return 0
 
 

@@ -97,3 +97,36 @@ def chunk_lanes(num_chunks: int) -> int:
 def mask_words(num_words: int, *, interpreted: bool) -> int:
     """How many words of a token set (32 tokens each) one program takes; 4,096 tokens on a device, 32 a thread."""
     return int(triton.next_power_of_2(num_words)) if interpreted else 128
+
+
+@dataclass(frozen=True, slots=True)
+class GemvPlan:
+    """Launch shape of a four-bit matrix-vector product.
+
+    Attributes:
+        rows: Rows of the weight a program takes.
+        words: Words (eight weights each) of every row that it takes at a time.
+        warps: Warps of a program.
+    """
+
+    rows: int
+    words: int
+    warps: int = 1
+
+
+# One warp a program: its lanes split a row's words, so the activations are loaded once for all rows, in registers.
+DEVICE_GEMV_PLAN = GemvPlan(rows=8, words=32)
+DEVICE_GATED_GEMV_PLAN = GemvPlan(rows=4, words=32)
+
+
+def gemv_plan(num_rows: int, row_words: int, *, is_gated: bool, interpreted: bool) -> GemvPlan:
+    """Choose the launch shape for `[num_rows, 8 * row_words]` weights; a gated one reads two rows for each."""
+    if not interpreted:
+        return DEVICE_GATED_GEMV_PLAN if is_gated else DEVICE_GEMV_PLAN
+    rows = min(64, triton.next_power_of_2(num_rows))
+    return GemvPlan(rows=int(rows), words=int(min(512, triton.next_power_of_2(row_words))))
+
+
+def dequantize_words(num_words: int, *, interpreted: bool) -> int:
+    """How many words one program dequantizes; four a thread on a device."""
+    return int(min(4096, triton.next_power_of_2(num_words))) if interpreted else 512
