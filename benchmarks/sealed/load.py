@@ -87,10 +87,12 @@ def sealed_loader(suite: Suite, threads: int) -> Callable[[dict[str, Any], dict[
             record=lambda _tag, **_fields: None,
         )
         release = agent.release(path)
-        pool = ThreadPoolExecutor(threads) if threads > 1 else None
+        pool = ThreadPoolExecutor(threads - 1) if threads > 1 else None
         with release.data_key as data_key:
             for shard in release.model.weights:
-                with ShardReader(path, shard, release.model.core, data_key.reveal(), pool=pool) as reader:
+                with ShardReader(
+                    path, shard, release.model.core, data_key.reveal(), pool=pool, threads=threads
+                ) as reader:
                     for entry in reader.index.entries:
                         params[entry.name].copy_(SealedTensor(reader, entry.name, 0, entry.shape, DTYPES[entry.dtype]))
         if pool is not None:
