@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
     from server.sealed.kms.base import KMS, DataKey
     from server.sealed.signature import TrustedSigner
+
+logger = logging.getLogger("strongroom.key-agent")
 
 KEY_FD_ENV: Final = "STRONGROOM_KEY_FD"
 KEY_REQUEST: Final = b"data-key"
@@ -144,6 +147,9 @@ class KeyAgent:
                         self._record(MODEL_REFUSED, **fields, kind="payload", detail=detail)
                 except OSError:
                     return  # the engine died; the supervisor sees that for itself
+                except StrongroomError as err:
+                    # Only the engine's report of how the load went is left to record: the release itself is durable.
+                    logger.error("the engine's report could not be put on record: %s", err)  # noqa: TRY400
 
 
 def _fields(model: SealedModel) -> dict[str, str | int | bool | None]:

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from server.sealed.format import Core, Kind
 
 _HASH_QUEUE_DEPTH = 4
-_PARALLEL_FROM_PIECES = 2
 
 
 class TensorSource(Protocol):
@@ -233,7 +232,8 @@ class ShardReader:
         shard: The shard, verified.
         core: The model's core.
         data_key: The model's data key; a key of the shard is derived, this one is not kept.
-        pool: Threads to spread a tensor's chunks over; None reads in the caller's thread.
+        pool: Threads that help the caller's with a tensor's chunks; None for none.
+        threads: How many work on one tensor, the caller's included.
 
     Raises:
         SealError: The index does not open or is malformed.
@@ -247,8 +247,10 @@ class ShardReader:
         data_key: Bytes,
         *,
         pool: ThreadPoolExecutor | None = None,
+        threads: int = 2,
     ) -> None:
         self._header = shard.header
+        self._threads = threads
         self._name = shard.record.name
         self._tags = memoryview(shard.tags)
         self._cipher = ShardCipher(core.suite, data_key, shard.header, self._name)
@@ -307,19 +309,26 @@ class ShardReader:
             target[:] = whole[low - start : high - start]
             whole[:] = bytes(len(whole))
 
-        try:
-            if self._pool is None or len(pieces) < _PARALLEL_FROM_PIECES:
-                for piece in pieces:
+        # `next` on a range is atomic, so all threads draw from one iterator: a slow one takes fewer pieces.
+        remaining = iter(pieces)
+        errors: list[BaseException] = []
+
+        def open_remaining() -> None:
+            try:
+                for piece in remaining:
+                    if errors:
+                        return
                     open_piece(piece)
-            else:
-                # Drain every piece even when one fails: none may write to `destination` after it was zeroed.
-                futures = [self._pool.submit(open_piece, piece) for piece in pieces]
-                wait(futures)
-                for future in futures:
-                    future.result()
-        except BaseException:
+            except BaseException as err:  # noqa: BLE001 - raised again below, by the thread that asked
+                errors.append(err)
+
+        helpers = min(self._threads, len(pieces)) - 1
+        futures = [self._pool.submit(open_remaining) for _ in range(helpers)] if self._pool is not None else []
+        open_remaining()
+        wait(futures)  # before anything is zeroed: no thread may write to `destination` afterwards
+        if errors:
             destination[:] = bytes(len(destination))
-            raise
+            raise errors[0]
 
     @property
     def is_device_openable(self) -> bool:

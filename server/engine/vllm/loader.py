@@ -104,11 +104,15 @@ class StrongroomLoader(DefaultModelLoader):
     def _open(self, folder: Path) -> None:
         self._close()
         sealed = open_pinned(folder, manifest_sha256=str(self._manifest_sha256))
-        self._pool = ThreadPoolExecutor(self._threads, "unseal") if self._threads > 1 else None
+        self._pool = ThreadPoolExecutor(self._threads - 1, "unseal") if self._threads > 1 else None
         with self._channel.fetch_key() as data_key:
             verify_key_check(data_key, sealed.core_digest, sealed.manifest.key_check)
             for shard in sealed.weights:
-                self._readers.append(ShardReader(sealed.path, shard, sealed.core, data_key.reveal(), pool=self._pool))
+                self._readers.append(
+                    ShardReader(
+                        sealed.path, shard, sealed.core, data_key.reveal(), pool=self._pool, threads=self._threads
+                    )
+                )
 
     def _close(self) -> None:
         while self._readers:
