@@ -220,17 +220,19 @@ def is_identifier(text: str) -> bool:
     return _IDENTIFIER.fullmatch(text) is not None
 
 
-def choose_mark(turns: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
+def choose_mark(turns: list[dict[str, Any]], taken: frozenset[str] = frozenset()) -> str:
     """Return a private-use character that no client string of the request holds.
+
+    Args:
+        turns: The conversation.
+        taken: Marks that stand in the request's tools.
 
     Raises:
         RequestError: There is none.
     """
     texts = list(_strings(turns))
-    if tools:
-        texts.extend(_strings(tools))
     for mark in MARKS:
-        if not any(mark in text for text in texts):
+        if mark not in taken and not any(mark in text for text in texts):
             return mark
     raise RequestError(
         "The text holds every private-use character that this server needs for itself (U+F8D0 to U+F8DF). "

@@ -53,7 +53,7 @@ def neutralise(chat: Chat, block: str) -> RemoteChat:
     """
     turns = assemble(chat, block, splits_reasoning=False)
     tools = list(chat.tools)
-    mark = choose_mark(turns, tools)
+    mark = choose_mark([*turns, *tools])
     system = turns[0]["content"] if turns[0]["role"] == "system" else ""
     safe = map_turns(turns, lambda text: neutralise_text(text, mark))
     if block and system:

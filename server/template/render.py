@@ -14,7 +14,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import orjson
 
 from server.errors import ConfigError, RequestError
 from server.template.conversation import MARKS, assemble, choose_mark, is_identifier, map_tools, map_turns
@@ -27,8 +30,19 @@ if TYPE_CHECKING:
     from server.types import Chat
 
 MAX_SHAPES = 4096
+MAX_TOOL_SETS = 64
 _NEUTRAL_LETTERS = "xqzøжא中"
 _PROBE = "Keep to the rules of this house, point by point."
+
+
+@dataclass(frozen=True, slots=True)
+class _ToolSet:
+    """A request's tools made ready once: agents send the same ones with every turn."""
+
+    guarded: list[dict[str, Any]]
+    neutral: list[dict[str, Any]]
+    marks: frozenset[str]
+    digest: str
 
 
 class ChatRenderer:
@@ -50,7 +64,12 @@ class ChatRenderer:
         self._neutral = next((c for c in _NEUTRAL_LETTERS if not vocabulary.is_part(c)), "")
         if not self._neutral:
             raise ConfigError("Every neutral letter is part of some control token; this tokenizer can't be served.")
+        if any(mark in template.source for mark in MARKS):
+            raise ConfigError(
+                "The chat template holds private-use characters that the server needs (U+F8D0 to U+F8DF)."
+            )
         self._shapes: OrderedDict[tuple[str, str], tuple[list[int], int]] = OrderedDict()
+        self._tool_sets: OrderedDict[tuple[str, bytes], _ToolSet] = OrderedDict()
         self.supports_tools = True
         self._verify_order(accept_shared_turn=accept_shared_turn)
 
@@ -73,10 +92,18 @@ class ChatRenderer:
                 param="tools",
                 code="tools_unsupported",
             )
-        mark = choose_mark(turns, tools)
-        wanted, offset = self._expect(turns, tools, block)
-        for change in (lambda text: self._vocabulary.guard(text, mark), lambda text: self._wrap(text, mark)):
-            guarded_tools = map_tools(tools, change) if tools else None
+        tool_set = self._prepare(tools, space) if tools else None
+        mark = choose_mark(turns, tool_set.marks if tool_set else frozenset())
+        wanted, offset = self._expect(turns, tool_set, block)
+
+        def guard(text: str) -> str:
+            return self._vocabulary.guard(text, mark)
+
+        for change in (guard, lambda text: self._wrap(text, mark)):
+            if tool_set is not None and mark == MARKS[0] and change is guard:
+                guarded_tools: list[dict[str, Any]] | None = tool_set.guarded
+            else:
+                guarded_tools = map_tools(tools, change) if tools else None
             text = self._template.render(self._guard_turns(turns, block, change), guarded_tools)
             pieces = self._vocabulary.split(text)
             if [piece for piece in pieces if isinstance(piece, int)] == wanted:
@@ -111,9 +138,24 @@ class ChatRenderer:
     def _wrap(self, text: str, mark: str) -> str:
         return f"{mark}{self._vocabulary.guard(text, mark)}{mark}" if text.strip() else text
 
-    def _expect(
-        self, turns: list[dict[str, Any]], tools: list[dict[str, Any]] | None, block: str
-    ) -> tuple[list[int], int]:
+    def _prepare(self, tools: list[dict[str, Any]], space: str) -> _ToolSet:
+        content = _to_bytes(tools)
+        key = (space, content)
+        found = self._tool_sets.get(key)
+        if found is None:
+            text = content.decode("utf-8", "surrogatepass")
+            found = _ToolSet(
+                guarded=map_tools(tools, lambda text: self._vocabulary.guard(text, MARKS[0])),
+                neutral=map_tools(tools, self._neutralise),
+                marks=frozenset(mark for mark in MARKS if mark in text),
+                digest=hashlib.sha256(content).hexdigest(),
+            )
+            self._tool_sets[key] = found
+            if len(self._tool_sets) > MAX_TOOL_SETS:
+                self._tool_sets.popitem(last=False)
+        return found
+
+    def _expect(self, turns: list[dict[str, Any]], tools: _ToolSet | None, block: str) -> tuple[list[int], int]:
         """Return the control ids and the block's place of this conversation with neutral words for client text."""
         neutral = [
             {**turn, "content": self._neutral if turn["content"].strip() else turn["content"][:1]} for turn in turns
@@ -121,9 +163,7 @@ class ChatRenderer:
         rich = tools is not None or any(len(turn) > 2 for turn in turns)
         if rich:
             neutral = map_turns(neutral, self._neutralise)
-        neutral_tools = map_tools(tools, self._neutralise) if tools else None
-        if rich:
-            shape = hashlib.sha256(json.dumps([neutral, neutral_tools], default=str).encode()).hexdigest()
+            shape = hashlib.sha256(_to_bytes([neutral, tools.digest if tools else ""])).hexdigest()
         else:
             shape = "".join(turn["role"][0] + (turn["content"] or "-") for turn in neutral)
         key = (block, shape)
@@ -131,7 +171,7 @@ class ChatRenderer:
         if found is None:
             if block:
                 neutral[0]["content"] = block
-            text = self._template.render(neutral, neutral_tools)
+            text = self._template.render(neutral, tools.neutral if tools else None)
             controls = [piece for piece in self._vocabulary.split(text) if isinstance(piece, int)]
             found = controls, max(text.find(block), 0)
             self._shapes[key] = found
@@ -186,3 +226,18 @@ class ChatRenderer:
         else:
             named = text.find("probe_tool")
             self.supports_tools = named < 0 or named > text.find(_PROBE)
+
+
+def _to_bytes(value: Any) -> bytes:
+    """Return JSON of what a JSON body gave, marks unescaped.
+
+    Raises:
+        RequestError: Nested too deep.
+    """
+    try:
+        return orjson.dumps(value)
+    except TypeError:  # integers beyond 64 bits
+        try:
+            return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
+        except RecursionError as err:
+            raise RequestError("Tools and arguments are nested too deep.", param="tools", code="too_deep") from err

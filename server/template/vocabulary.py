@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
 MAX_TOKENIZER_BYTES = 128 * 1024 * 1024
-MAX_CACHE_CHARS = 8 * 1024 * 1024
+# About 40 bytes are held for each token, so this is some 40 MB of ids where the cache is full.
+MAX_CACHE_CHARS = 4 * 1024 * 1024
 _FLAGS = {"special": False, "lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
 # What the tokenizers' `\s` strips beside a token; Python's own set holds four separators more.
 _SPACE = (
@@ -169,7 +170,12 @@ class Vocabulary:
         ids = self._cache.get(key)
         if ids is None:
             tokenizer = self._joint if self._has_first_scheme and not first else self._plain
-            ids = tokenizer.encode(text, add_special_tokens=False).ids
+            try:
+                ids = tokenizer.encode(text, add_special_tokens=False).ids
+            except TypeError as err:
+                raise RequestError(
+                    "The text holds half a character (a lone surrogate). Send valid Unicode.", code="invalid_unicode"
+                ) from err
             if not self.control_ids.isdisjoint(ids):
                 ids = self._encode_apart(text, tokenizer)
             self._cache.put(key, ids)

@@ -140,6 +140,25 @@ def test_every_mark_in_client_text_is_refused(smollm2: PromptBuilder):
         render(smollm2, user("".join(map(chr, range(0xF8D0, 0xF8E0)))), "secure-coding")
 
 
+def test_half_a_character_is_refused(smollm2: PromptBuilder):
+    with pytest.raises(RequestError, match="valid Unicode"):
+        render(smollm2, user("\ud800<|im_end|>"), "secure-coding")
+
+
+def test_odd_tools_are_rendered_or_refused(smollm2: PromptBuilder):
+    deep: dict[str, object] = {}
+    for _ in range(300):
+        deep = {"a": deep}
+
+    def tools(**parameters: object) -> Chat:
+        function = {"name": "f\ud800", "parameters": parameters}
+        return Chat(({"role": "user", "content": "x"},), ({"type": "function", "function": function},))
+
+    assert render(smollm2, tools(number=2**80), "secure-coding").token_ids
+    with pytest.raises(RequestError, match="nested"):
+        render(smollm2, tools(deep=deep), "secure-coding")
+
+
 @pytest.mark.parametrize("role", ["user<|im_end|>", "System", "", None, "function"])
 def test_unknown_role_is_refused(smollm2: PromptBuilder, role: object):
     with pytest.raises(RequestError) as caught:
