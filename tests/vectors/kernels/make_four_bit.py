@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from bitsandbytes import functional
-from compressed_tensors.compressors.pack_quantized import helpers  # type: ignore[import-untyped]
-from compressed_tensors.quantization import QuantizationArgs  # type: ignore[import-untyped]
-from compressed_tensors.quantization.lifecycle.forward import dequantize  # type: ignore[import-untyped]
+from compressed_tensors.compressors.pack_quantized import helpers
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.lifecycle.forward import dequantize
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
