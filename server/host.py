@@ -19,10 +19,10 @@ from server.bootstrap import KMS_KEY, SIGNING_KEY, prepare_clients, prepare_embe
 from server.engine.config import EngineConfig, refuse_weakening
 from server.engine.local import local_engine_spec
 from server.engine.supervisor import ChildEvent, ChildSpec, Handover, RestartPolicy, Supervisor
-from server.errors import AuditUnavailableError, ConfigError
+from server.errors import AuditUnavailableError, ConfigError, SealError
 from server.gateway import bind
 from server.registry.source import ModelSource, open_model
-from server.sealed.agent import KeyAgent
+from server.sealed.agent import MODEL_REFUSED, KeyAgent
 from server.sealed.kms.uri import open_kms
 from server.sealed.signature import TrustedSigner, public_path
 from server.store.database import Store
@@ -190,14 +190,23 @@ class Host:
             extra_args=dict(engine.extra_args),
             network_isolation=settings.seal.network_isolation,
         )
+        refusals: list[str] = []
+
+        def record(event: str, /, **fields: Any) -> None:
+            self._record(event, **fields)
+            if event == MODEL_REFUSED:
+                refusals.append(str(fields.get("detail", "")))
+
         agent = KeyAgent(
             services=[open_kms(uri) for uri in settings.seal.kms],
             trusted_signers=[TrustedSigner.load(path) for path in settings.seal.trusted_signers],
-            record=self._record,
+            record=record,
             allow_unsigned=settings.seal.allow_unsigned,
         )
 
         def release() -> Handover:
+            if refusals:  # the loader found damage: another start would only ask for the key again
+                raise SealError(refusals[-1], kind="payload")
             store = Store.open(settings.store_url)
             try:
                 floor = store.get_floor(model.id)

@@ -20,7 +20,7 @@ from server.engine.config import EXIT_REFUSED
 from server.engine.isolation import become_subreaper
 from server.engine.log import ChildLog
 from server.engine.tree import kill_tree, tree_members
-from server.errors import KMSUnreachableError, StartError
+from server.errors import KMSUnreachableError, SealError, StartError
 
 logger = logging.getLogger(__name__)
 
@@ -213,7 +213,7 @@ class Child:
         # The worker supervisor's boundary (STYLE.md, section 5): whatever goes wrong before a child runs is a failed
         # start of this child, and must not take the supervisor and the other children with it.
         except Exception as err:  # noqa: BLE001
-            self.last_error = str(err)
+            self.last_error = _told(err)
             self._close_log()
             logger.error("child %s could not be started: %s", spec.name, err)  # noqa: TRY400 - no stack: it is expected
             refused = isinstance(err, StartError) and not isinstance(err, KMSUnreachableError)
@@ -289,7 +289,7 @@ class Child:
             return await _ask(self.spec.ready, self.spec.ready_limit_s)
         except StartError as err:
             self._refused = True
-            self.last_error = str(err)
+            self.last_error = _told(err)
             return False
 
     def _emit(self, event: ChildEvent, **detail: Any) -> None:
@@ -412,6 +412,11 @@ async def _wait_exit(process: subprocess.Popen[bytes]) -> int:
         loop.remove_reader(pidfd)
         os.close(pidfd)
     return process.wait()
+
+
+def _told(err: Exception) -> str:
+    """What the operator is told: a refused model's own detail too, which callers never see."""
+    return f"{err} {err.detail}" if isinstance(err, SealError) else str(err)
 
 
 def _resolve(ended: asyncio.Future[None]) -> None:
