@@ -64,7 +64,7 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def wait_until(check: Any, *, limit_s: float = 30.0, pause_s: float = 0.02) -> None:
+def wait_until(check: Any, *, limit_s: float = 60.0, pause_s: float = 0.02) -> None:
     """Return once `check()` is true."""
     end_s = time.monotonic() + limit_s
     while True:
@@ -120,7 +120,7 @@ class GatewayKit:
             "--socket",
             str(settings.audit_socket),
         )
-        wait_for_writer(settings.audit_socket, deadline_s=20)
+        wait_for_writer(settings.audit_socket, deadline_s=120)
 
     def start_engine(self, model_id: str, *options: str) -> None:
         path = engine_paths(self.settings.state, model_id).socket
@@ -129,14 +129,14 @@ class GatewayKit:
         self._spawn(
             f"engine-{model_id}", "-m", "benchmarks.instant_engine", "--uds", str(path), "--model", model_id, *options
         )
-        wait_until(path.exists)
+        wait_until(path.exists, limit_s=120)
 
     def start_gateway(self, *, ready: bool = True) -> None:
         resolved = self.state / "settings.json"
         resolved.write_text(self.settings.model_dump_json())
         self._spawn("gateway", "-m", "server.gateway", "--settings", str(resolved))
         path = "/readyz" if ready else "/livez"
-        wait_until(lambda: httpx.get(self.base + path).status_code == 200)
+        wait_until(lambda: httpx.get(self.base + path).status_code == 200, limit_s=180)
 
     def control(self, model_id: str = MODEL, **script: Any) -> None:
         """Tell the instant engine how to answer from now on."""
