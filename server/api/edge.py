@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import secrets
 from typing import TYPE_CHECKING
@@ -11,6 +12,8 @@ from server.errors import NotFoundError
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+log = logging.getLogger("strongroom.api")
 
 _REQUEST_ID = re.compile(rb"^[A-Za-z0-9._-]{1,64}$")
 _SECURITY_HEADERS = [
@@ -68,9 +71,11 @@ class Edge:
 
         try:
             await self._app(scope, receive, send_with_headers)
-        except Exception as err:  # the request boundary: no traceback reaches a client
+        # The request boundary: no traceback reaches a client, no text of a request the log.
+        except Exception as err:  # noqa: BLE001
             if started:
-                raise
+                log.error("a request broke after its answer had begun", extra={"error": type(err).__name__})  # noqa: TRY400
+                return
             await send_problem(err, send_with_headers)
 
     @staticmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from contextlib import aclosing
 from typing import TYPE_CHECKING
@@ -124,6 +125,7 @@ class Exchange(Response):
         self._metrics = traffic.metrics
         self._watch: asyncio.Task[None] | None = None
         self._task: asyncio.Task[object] | None = None
+        self._reply: Reply | None = None
         self._client_left = False
         self._ended = False
 
@@ -167,7 +169,7 @@ class Exchange(Response):
             async with aclosing(self._pipeline.run(call)) as answer:
                 first = await anext(answer)
                 assert call.request is not None  # noqa: S101 - set before the first list
-                reply = self._format.reply(call.request, request_id, int(time.time()))
+                reply = self._reply = self._format.reply(call.request, request_id, int(time.time()))
                 self._metrics.first_token(call.request.model, time.perf_counter() - started_s)
                 if call.request.stream:
                     await self._stream(answer, first, reply, call, writer)
@@ -222,10 +224,9 @@ class Exchange(Response):
     async def _fail(self, problem: Problem, request_id: str, call: Call, body: Body, writer: _Writer) -> None:
         call.outcome.error_code = problem.code
         if writer.status:
-            assert call.request is not None  # noqa: S101 - a stream has begun
-            reply = self._format.reply(call.request, request_id, int(time.time()))
+            assert self._reply is not None  # noqa: S101 - a stream has begun
             try:
-                await writer.write(reply.error(problem), last=True)
+                await writer.write(self._reply.error(problem), last=True)
             except _ClientTooSlowError:
                 return
             return
@@ -305,9 +306,13 @@ class _Heartbeat:
     def _fire(self) -> None:
         silent_s = time.monotonic() - self._writer.last_write_s
         if silent_s >= self._interval_s:
-            self._sending = self._loop.create_task(self._writer.write(self._data))
+            self._sending = self._loop.create_task(self._beat())
             silent_s = 0.0
         self._timer = self._loop.call_later(self._interval_s - silent_s, self._fire)
+
+    async def _beat(self) -> None:
+        with contextlib.suppress(_ClientTooSlowError):  # the next real write meets the same client, and ends it
+            await self._writer.write(self._data)
 
     def stop(self) -> None:
         """Send no more."""

@@ -117,6 +117,7 @@ def install_error_handlers(app: FastAPI) -> None:
 
     app.add_exception_handler(HTTPException, unknown)
     app.add_exception_handler(StrongroomError, known)
+    app.add_exception_handler(Exception, known)
 
 
 def model_endpoint(fmt: Format, route: str, traffic: Traffic) -> Callable[[Request], Any]:
