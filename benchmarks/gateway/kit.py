@@ -9,12 +9,13 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from benchmarks.instant_engine import Script
 from server.audit.client import SyncAuditClient, wait_for_writer
 from server.audit.entry import new_entry
 from server.audit.tail import entries_from
@@ -139,9 +140,9 @@ class GatewayKit:
         wait_until(lambda: httpx.get(self.base + path).status_code == 200, limit_s=180)
 
     def control(self, model_id: str = MODEL, **script: Any) -> None:
-        """Tell the instant engine how to answer from now on."""
+        """Tell the instant engine how to answer from now on; what is not named is as at the start."""
         with self.engine(model_id) as client:
-            client.post("/control", json=script).raise_for_status()
+            client.post("/control", json=asdict(Script()) | script).raise_for_status()
 
     def stats(self, model_id: str = MODEL) -> dict[str, Any]:
         with self.engine(model_id) as client:
