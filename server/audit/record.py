@@ -96,7 +96,10 @@ class Audit:
                 self._keyed.clear()
             secret = key or self._text_key
             keyed = hmac.new(
-                hmac.digest(secret, b"strongroom audit text v1\x00" + tenant.encode(), "sha256"), digestmod=sha256
+                hmac.digest(
+                    secret, b"strongroom audit text v1\x00" + tenant.encode("utf-8", "surrogatepass"), "sha256"
+                ),
+                digestmod=sha256,
             )
             self._keyed[tenant] = key, keyed
         return keyed.copy()
@@ -253,6 +256,8 @@ class Record:
             "prompt": {"hmac": keyed.hexdigest(), "tokens": prompt.num_tokens},
             "scan_input": _scan(scan),
         }
+        if prompt.shadow is not None:
+            entry["shadow"] = {"id": prompt.shadow.id, "version": prompt.shadow.version, "digest": prompt.shadow.digest}
         if prompt.stand_in is not None:
             entry["stand_in"] = prompt.stand_in
         self._is_opened = True  # from here on the entry may be durable, answered or not
@@ -406,10 +411,11 @@ def _scan(report: ScanReport) -> dict[str, Any]:
         scan["num_findings"] = len(report.findings)
         scan["findings"] = [
             {
-                "rule": finding.rule,
-                "category": finding.category,
-                "severity": finding.severity,
-                "cwe": finding.cwe,
+                "rule": clean_text(finding.rule, 96),
+                "category": clean_text(finding.category, 32),
+                "severity": clean_text(finding.severity, 16),
+                "cwe": None if finding.cwe is None else clean_text(finding.cwe, 16),
+                "where": None if finding.where is None else clean_text(finding.where, 64),
                 "start": finding.start,
                 "end": finding.end,
             }
