@@ -8,6 +8,7 @@ import os
 import re
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
 from typing import TYPE_CHECKING, Protocol
 
@@ -142,6 +143,11 @@ def split_note(note: str) -> tuple[str, list[tuple[str, bytes]]]:
     return text + "\n", signatures
 
 
+@lru_cache(maxsize=32)
+def _load_public_key(data: bytes) -> Ed25519PublicKey:
+    return Ed25519PublicKey.from_public_bytes(data)
+
+
 def verify_note(note: str, key: VerifierKey) -> str:
     """Return the note's text if `key` signed it.
 
@@ -159,7 +165,7 @@ def verify_note(note: str, key: VerifierKey) -> str:
         (time_s,) = struct.unpack(">Q", signature[:8])
         signature, message = signature[8:], f"cosignature/v1\ntime {time_s}\n".encode() + message
     try:
-        Ed25519PublicKey.from_public_bytes(key.public_key).verify(signature, message)
+        _load_public_key(key.public_key).verify(signature, message)
     except InvalidSignature as err:
         raise NoteError(f"The signature of {key.name} is wrong.") from err
     return text

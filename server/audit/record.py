@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
+    from server.audit.texts import TenantKeys, TextStore
     from server.ports import AuditAppender
     from server.types import (
         Client,
@@ -48,6 +49,8 @@ class Audit:
     Args:
         appender: Makes entries durable.
         text_key: At least 32 bytes; texts are named by HMAC under a key derived from it for each tenant.
+        tenant_keys: Keys to use in its stead, one a tenant, which can be destroyed.
+        texts: Where full texts go when policy asks for them; without it such a request is refused.
         clock_ns: The wall clock.
         timer_ns: A clock that never steps.
     """
@@ -57,6 +60,8 @@ class Audit:
         appender: AuditAppender,
         *,
         text_key: bytes,
+        tenant_keys: TenantKeys | None = None,
+        texts: TextStore | None = None,
         clock_ns: Callable[[], int] = time.time_ns,
         timer_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
@@ -64,7 +69,9 @@ class Audit:
             raise ValueError("The audit text key needs at least 32 bytes.")
         self._appender = appender
         self._text_key = text_key
-        self._tenant_keys: dict[str, hmac.HMAC] = {}
+        self._tenant_keys = tenant_keys
+        self._texts = texts
+        self._keyed: dict[str, tuple[bytes, hmac.HMAC]] = {}
         self._tasks: set[asyncio.Task[int]] = set()
         self.clock_ns = clock_ns
         self.timer_ns = timer_ns
@@ -82,13 +89,32 @@ class Audit:
 
     def new_text_hmac(self, tenant: str) -> hmac.HMAC:
         """Return an empty HMAC-SHA-256 under the tenant's key."""
-        keyed = self._tenant_keys.get(tenant)
-        if keyed is None:
-            if len(self._tenant_keys) >= _MAX_TENANTS:
-                self._tenant_keys.clear()
-            key = hmac.digest(self._text_key, b"strongroom audit text v1\x00" + tenant.encode(), "sha256")
-            keyed = self._tenant_keys[tenant] = hmac.new(key, digestmod=sha256)
+        key = self._tenant_keys.get(tenant) if self._tenant_keys is not None else b""
+        known, keyed = self._keyed.get(tenant, (None, None))
+        if keyed is None or known != key:
+            if len(self._keyed) >= _MAX_TENANTS:
+                self._keyed.clear()
+            secret = key or self._text_key
+            keyed = hmac.new(
+                hmac.digest(
+                    secret, b"strongroom audit text v1\x00" + tenant.encode("utf-8", "surrogatepass"), "sha256"
+                ),
+                digestmod=sha256,
+            )
+            self._keyed[tenant] = key, keyed
         return keyed.copy()
+
+    async def keep(self, tenant: str, request_id: str, kind: str, text: str) -> None:
+        """Put a full text into the encrypted store, because policy asks for it.
+
+        Raises:
+            AuditUnavailableError: There is no store, or it can't be written.
+        """
+        if self._texts is None:
+            raise AuditUnavailableError(
+                "Policy wants the texts of this request kept, but no text store is set up; tell the operator."
+            )
+        await asyncio.to_thread(self._texts.put, tenant, request_id, kind, text)
 
     async def append(self, entry: dict[str, Any]) -> int:
         """Make an entry durable even if the caller is cancelled meanwhile.
@@ -125,6 +151,7 @@ class Record:
         "_first_ns",
         "_is_closed",
         "_is_opened",
+        "_kept",
         "_model",
         "_opened_ns",
         "_partial",
@@ -154,6 +181,7 @@ class Record:
         self._chars = 0
         self._first_ns = 0
         self._partial = Outcome()
+        self._kept: list[str] | None = None
         self._is_opened = False
         self._is_closed = False
         self.accepted_index: int | None = None
@@ -175,6 +203,7 @@ class Record:
     def decide(self, decision: Decision, request: ModelRequest) -> None:
         """Say what policy decided of which request, a refusal too."""
         obligations = decision.obligations
+        self._kept = [] if obligations.audit_text else None
         self._model = {"model": clean_text(request.model, 128), "stream": request.stream}
         if request.classification is not None:
             self._model["classification"] = clean_text(request.classification, 64)
@@ -210,6 +239,8 @@ class Record:
         """
         if self._is_opened or self._is_closed:
             raise RuntimeError("A record is accepted once, before it is finished.")
+        if self._kept is not None:
+            await self._audit.keep(self._tenant, self.request_id, "prompt", prompt.text)
         keyed = self._audit.new_text_hmac(self._tenant)
         keyed.update(prompt.text.encode("utf-8", "surrogatepass"))
         template = prompt.template
@@ -225,6 +256,8 @@ class Record:
             "prompt": {"hmac": keyed.hexdigest(), "tokens": prompt.num_tokens},
             "scan_input": _scan(scan),
         }
+        if prompt.shadow is not None:
+            entry["shadow"] = {"id": prompt.shadow.id, "version": prompt.shadow.version, "digest": prompt.shadow.digest}
         if prompt.stand_in is not None:
             entry["stand_in"] = prompt.stand_in
         self._is_opened = True  # from here on the entry may be durable, answered or not
@@ -248,6 +281,8 @@ class Record:
                 self._partial.absorb([delta])
         for index, said in parts.items():
             text = "".join(said)
+            if self._kept is not None:
+                self._kept.append(text)
             self._chars += len(text)
             keyed = self._answers.get(index)
             if keyed is None:
@@ -263,6 +298,8 @@ class Record:
         Raises:
             AuditUnavailableError: The log cannot be written; the answer ends with an error.
         """
+        if self._kept is not None:
+            await self._audit.keep(self._tenant, self.request_id, "answer", "".join(self._kept))
         return await self._close(outcome, "")
 
     # The end, in every case ---------------------------------------------------------------------------------------
@@ -374,10 +411,11 @@ def _scan(report: ScanReport) -> dict[str, Any]:
         scan["num_findings"] = len(report.findings)
         scan["findings"] = [
             {
-                "rule": finding.rule,
-                "category": finding.category,
-                "severity": finding.severity,
-                "cwe": finding.cwe,
+                "rule": clean_text(finding.rule, 96),
+                "category": clean_text(finding.category, 32),
+                "severity": clean_text(finding.severity, 16),
+                "cwe": None if finding.cwe is None else clean_text(finding.cwe, 16),
+                "where": None if finding.where is None else clean_text(finding.where, 64),
                 "start": finding.start,
                 "end": finding.end,
             }

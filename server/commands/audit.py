@@ -9,6 +9,7 @@ import sqlite3
 import sys
 import time
 from contextlib import closing, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -27,9 +28,11 @@ from server.audit.prune import RetentionPolicy, plan, prune
 from server.audit.search import Query, SearchIndex
 from server.audit.tags import Event
 from server.audit.tail import follow, last_entries
+from server.audit.texts import TenantKeys, TextStore
 from server.audit.tiles import TileError
 from server.audit.verify import VerificationError, Verifier, describe
 from server.audit.witness import Witness, WitnessError, make_server, submit
+from server.auth.pepper import load_secret
 from server.errors import AuditLogError, AuditUnavailableError, ConfigError, NotFoundError
 from server.settings import run_dir
 
@@ -116,6 +119,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     sub.add_argument("--policy", type=Path, required=True, help='{"v": 1, "keep_days": 365, "reason": "…"}')
     sub.add_argument("--socket", type=Path, help="the writer's socket; default: run/audit.sock beside the log")
     sub.add_argument("--yes", action="store_true", help="do it; without it, say what would be done")
+
+    sub = verb("text", _text, "Show texts that policy had kept, or destroy a tenant's key and so all of its texts.")
+    _add_directory(sub)
+    sub.add_argument("--tenant", help="whose")
+    sub.add_argument("--request", dest="request_id", help="of one request only")
+    sub.add_argument("--destroy-key", action="store_true", help="erase: destroy the tenant's key")
+    sub.add_argument("--prune-days", type=int, help="delete texts that are older, of all tenants")
+    sub.add_argument("--keys", type=Path, help="the server's keys folder; default: keys beside the log")
+    sub.add_argument("--socket", type=Path, help="the writer's socket; default: run/audit.sock beside the log")
 
     sub = verb("tail", _tail, "Print the newest entries.")
     _add_directory(sub)
@@ -326,6 +338,36 @@ def _submit(args: argparse.Namespace) -> int:
         if not args.every:
             return 0
         time.sleep(args.every)
+
+
+def _text(args: argparse.Namespace) -> int:
+    state = args.directory.absolute().parent
+    path = (args.keys or state / "keys") / "audit-text"
+    try:
+        keys = TenantKeys(state / "texts" / "keys", load_secret(path, "audit text key"))
+    except OSError as err:
+        raise ConfigError(f"The text store in {state} can't be read: {err.strerror}.") from err
+    store = TextStore(state / "texts", keys, redact=_refuse_to_store)
+    if args.prune_days is not None:
+        print(f"{store.prune(args.prune_days)} files deleted")
+        return 0
+    if args.tenant is None:
+        raise ConfigError("Give --tenant.")
+    if not args.destroy_key:
+        for stored in store.read(args.tenant, args.request_id):
+            print(json.dumps(asdict(stored), ensure_ascii=False))
+        return 0
+    client = SyncAuditClient(_socket(args))
+    try:
+        client.append(new_entry(Event.TEXT_KEY_DESTROYED, tenant=args.tenant))  # on record before it is done
+    finally:
+        client.close()
+    print("destroyed" if keys.destroy(args.tenant) else "there was no key")
+    return 0
+
+
+def _refuse_to_store(_text: str) -> str:
+    raise AuditLogError("The command line reads texts and never stores any.")
 
 
 def _prune(args: argparse.Namespace) -> int:
