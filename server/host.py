@@ -16,9 +16,10 @@ from urllib.request import Request, urlopen
 from server.audit.client import SyncAuditClient
 from server.audit.entry import new_entry
 from server.bootstrap import KMS_KEY, SIGNING_KEY, prepare_clients, prepare_embedded, prepare_folders, prepare_secrets
+from server.engine.child import ChildEvent, ChildSpec, Handover, RestartPolicy
 from server.engine.config import EngineConfig, refuse_weakening
 from server.engine.local import local_engine_spec
-from server.engine.supervisor import ChildEvent, ChildSpec, Handover, RestartPolicy, Supervisor
+from server.engine.supervisor import Supervisor
 from server.errors import AuditUnavailableError, ConfigError, SealError
 from server.gateway import bind
 from server.registry.source import ModelSource, open_model

@@ -323,8 +323,10 @@ class EngineClient:
             raise TransportError("The engine was restarted.", answered=False)
 
     async def _test_model(self) -> None:
-        answer = orjson.loads(await self._call("GET", "/v1/models", limit_s=SELF_TEST_LIMIT_S))
-        lengths = {entry.get("id"): entry.get("max_model_len") for entry in answer.get("data", ())}
+        answer = _parse_answer(await self._call("GET", "/v1/models", limit_s=SELF_TEST_LIMIT_S))
+        entries = answer.get("data")
+        entries = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+        lengths = {entry.get("id"): entry.get("max_model_len") for entry in entries}
         if self._served_name not in lengths:
             raise ConfigError(f"The engine does not serve model '{self._served_name}'. Check its 'served_name'.")
         length = lengths[self._served_name]
@@ -335,9 +337,11 @@ class EngineClient:
 
     async def _test_ids(self, path: str, fields: dict[str, Any]) -> None:
         body = {**fields, "model": self._served_name, "return_token_ids": True, "temperature": 0}
-        answer = orjson.loads(await self._call("POST", path, orjson.dumps(body), limit_s=SELF_TEST_LIMIT_S))
-        choice = (answer.get("choices") or [{}])[0]
-        ids = answer.get("prompt_token_ids") or choice.get("prompt_token_ids")
+        answer = _parse_answer(await self._call("POST", path, orjson.dumps(body), limit_s=SELF_TEST_LIMIT_S))
+        ids = answer.get("prompt_token_ids")
+        choices = answer.get("choices")
+        if ids is None and isinstance(choices, list) and choices and isinstance(choices[0], dict):
+            ids = choices[0].get("prompt_token_ids")  # completions have them a level deeper
         if ids != list(PROBE_IDS):
             raise ConfigError(
                 f"The engine did not take token ids as they are on {path}: this version of it cannot be used, because "
@@ -352,6 +356,16 @@ class EngineClient:
         usage = deltas[-1].usage
         if usage is None or usage.prompt_tokens != len(PROBE_IDS) or not deltas[0].embedding:
             raise ConfigError("The engine did not embed the token ids that it was given.")
+
+
+def _parse_answer(body: bytes) -> dict[str, Any]:
+    try:
+        answer = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        answer = None
+    if not isinstance(answer, dict):
+        raise EngineError("The engine sent an answer that could not be read.")
+    return answer
 
 
 async def _read_all(connection: Connection, limit_s: float) -> bytes:

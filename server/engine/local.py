@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from server.engine.child import ChildSpec, Handover, RestartPolicy
 from server.engine.client import EngineClient, unix_address
 from server.engine.config import build_engine_argv, engine_environment
 from server.engine.isolation import make_private_dir
-from server.engine.supervisor import ChildSpec, Handover, RestartPolicy
 from server.errors import EngineError, EngineUnavailableError
 
 if TYPE_CHECKING:

@@ -9,9 +9,10 @@ import os
 import sys
 from pathlib import Path
 
+from server.engine.child import RestartPolicy
 from server.engine.config import EngineConfig
 from server.engine.local import local_engine_spec
-from server.engine.supervisor import RestartPolicy, Supervisor
+from server.engine.supervisor import Supervisor
 from server.engine.tree import tree_members
 
 

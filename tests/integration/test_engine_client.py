@@ -215,6 +215,23 @@ async def test_self_test_refuses_another_model(tmp_path: Path, model: str, lengt
             await client.self_test()
 
 
+@pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b"7", b'{"data": 7}', b'{"data": [7]}', b'{"data": [{}]}'])
+async def test_self_test_survives_any_answer(tmp_path: Path, body: bytes) -> None:
+    """A watch must go on when something else answers at the engine's address."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
+        writer.close()
+
+    server = await asyncio.start_unix_server(answer, tmp_path / "e.sock")
+    client = EngineClient("m", 4096, unix_address(tmp_path / "e.sock"))
+    with pytest.raises((EngineError, ConfigError)):
+        await client.self_test()
+    server.close()
+    await server.wait_closed()
+
+
 async def test_a_restarted_engine_is_tested_again(tmp_path: Path) -> None:
     async with running(tmp_path) as (_, client):
         await ask(client)

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from server.engine.supervisor import ChildEvent, ChildSpec, Handover, RestartPolicy, Supervisor
+from server.engine.child import ChildEvent, ChildSpec, Handover, RestartPolicy
+from server.engine.supervisor import Supervisor
 from server.engine.tree import tree_members
 from server.errors import ConfigError, KMSUnreachableError, StartError
 
@@ -350,7 +351,8 @@ async def test_children_have_no_core_files_and_private_files(tmp_path: Path) -> 
 PARENT = """
 import asyncio, json, os, sys
 from pathlib import Path
-from server.engine.supervisor import ChildSpec, Supervisor
+from server.engine.child import ChildSpec
+from server.engine.supervisor import Supervisor
 from server.engine.tree import tree_members
 
 async def ready():
