@@ -139,7 +139,7 @@ def test_loose_code_is_held_from_its_first_character(text: str) -> None:
 
 
 def test_prose_is_not_delayed() -> None:
-    words = "The quick brown fox jumps over the lazy dog and then it rests for a while".split()
+    words = ["The", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "and", "rests", "for", "a", "while"]
     pieces = [words[0], *(" " + word for word in words[1:])]
 
     async def run() -> list[str]:
