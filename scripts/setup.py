@@ -291,6 +291,9 @@ def explain_pip(lines: list[str], log: Path) -> str:
         )
     if "No space left on device" in text:
         return "The disk ran full while installing. Free some space (or set TMPDIR to a larger disk) and run again."
+    if "Python.h: No such file" in text:
+        version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+        return f"A test package needs Python's headers: apt-get install python{version}-dev, then run again."
     first = next((line for line in lines if line.startswith("ERROR: ")), lines[-1] if lines else "no output")
     return f"pip failed: {first.removeprefix('ERROR: ')} Mend that and run again; pip's words: {log}"
 

@@ -16,6 +16,7 @@ from server.audit.checkpoint import new_audit_key
 from server.auth.key_admin import KeyAdmin, KeySpec
 from server.auth.pepper import load_pepper, new_pepper, new_secret
 from server.errors import ConfigError
+from server.sealed.embedded import MODEL_ID as EMBEDDED_MODEL_ID
 from server.sealed.kms.local import LocalKMS, create_key_file
 from server.sealed.signature import LocalSigner, create_signing_key
 from server.store.database import Store
@@ -80,7 +81,7 @@ def prepare_embedded(settings: Settings, say: Callable[[str], None]) -> None:
     with it.
 
     Raises:
-        ConfigError: The conversion failed; says what its last words were.
+        ConfigError: The conversion failed; says what its last words were. Or a model is missing that no package holds.
     """
     keys = settings.keys_dir
     if not (keys / KMS_KEY).exists():
@@ -88,8 +89,13 @@ def prepare_embedded(settings: Settings, say: Callable[[str], None]) -> None:
     if not (keys / SIGNING_KEY).exists():
         create_signing_key(keys / SIGNING_KEY)
     for model in settings.models:
-        if model.path.exists():
+        if model.path.exists() or model.engine.kind != "vllm":
             continue
+        if model.id != EMBEDDED_MODEL_ID:  # never the embedded model's weights under another model's name
+            raise ConfigError(
+                f"The model {model.id} is not at {model.path}. Seal it there (strongroom seal), or take it out of the "
+                f"configuration; only {EMBEDDED_MODEL_ID} can be made from a package."
+            )
         say(f"sealing the embedded model {model.id} (about half a minute)")
         command = [
             sys.executable,

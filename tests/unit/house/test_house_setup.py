@@ -211,6 +211,8 @@ def test_pip_failure_is_one_line(tmp_path):
         "torch==2.13.0+cpu from your index is not the file that was locked"
     )
     assert "disk ran full" in setup.explain_pip(["ERROR: [Errno 28] No space left on device"], log)
+    headers = ["foo.c:1:10: fatal error: Python.h: No such file or directory"]
+    assert "apt-get install python3" in setup.explain_pip(headers, log)
     assert setup.explain_pip(["x", "ERROR: no such thing", "y"], log).startswith("pip failed: no such thing Mend that")
 
 

@@ -1,0 +1,53 @@
+"""The first start seals the embedded model under its own name only."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+
+from server import bootstrap
+from server.errors import ConfigError
+from server.settings import ModelSettings, Settings
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    run: list[list[str]] = []
+
+    def record(command, **_):
+        run.append(command)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr("server.bootstrap.subprocess.run", record)
+    return run
+
+
+def settings_with(state, **model):
+    (state / "keys").mkdir(mode=0o700)
+    return Settings(state=state, models=(ModelSettings.model_validate({"path": state / "models" / "m"} | model),))
+
+
+def test_missing_embedded_model_is_sealed(tmp_path, commands):
+    bootstrap.prepare_embedded(settings_with(tmp_path, id="smollm2-135m-instruct"), lambda _: None)
+    assert [command[2:5] for command in commands] == [
+        ["server.bootstrap", "smollm2-135m-instruct", str(tmp_path / "models" / "m")]
+    ]
+
+
+def test_sealed_model_is_not_made_twice(tmp_path, commands):
+    (tmp_path / "models" / "m").mkdir(parents=True)
+    bootstrap.prepare_embedded(settings_with(tmp_path, id="smollm2-135m-instruct"), lambda _: None)
+    assert commands == []
+
+
+def test_other_model_is_not_replaced_by_the_embedded_one(tmp_path, commands):
+    with pytest.raises(ConfigError, match=r"The model our-coder is not at .*strongroom seal"):
+        bootstrap.prepare_embedded(settings_with(tmp_path, id="our-coder"), lambda _: None)
+    assert commands == []
+
+
+def test_remote_model_needs_no_folder(tmp_path, commands):
+    remote = settings_with(tmp_path, id="our-coder", engine={"kind": "remote", "url": "https://gpu.example.com"})
+    bootstrap.prepare_embedded(remote, lambda _: None)
+    assert commands == []
