@@ -241,9 +241,8 @@ def compile_kernel(spec: KernelSpec, target: int) -> StaticCounts:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])
         usage = _run_tool("cuobjdump", "-res-usage", str(cubin))
-        sass = _run_tool("cuobjdump", "-sass", str(cubin))
+        code = disassemble(cubin)
     found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
-    code = [(int(at, 16), opcode, rest, args) for at, opcode, rest, args in _INSTRUCTION.findall(sass)]
     return StaticCounts(
         kernel=spec.name,
         target=f"sm_{target}",
@@ -252,15 +251,32 @@ def compile_kernel(spec: KernelSpec, target: int) -> StaticCounts:
         local_bytes=int(found["LOCAL"]),
         shared_bytes=int(kernel.metadata.shared),
         spill_instructions=sum(opcode in ("LDL", "STL") for _, opcode, _, _ in code),
-        instructions=_count(code),
-        loops=_loops(code),
+        instructions=count(code),
+        loops=find_loops(code),
     )
 
 
-_Code = list[tuple[int, str, str, str]]
+Code = list[tuple[int, str, str, str]]
 
 
-def _count(code: Iterable[tuple[int, str, str, str]]) -> dict[str, int]:
+def disassemble(path: Path, *, target: int | None = None, function: str | None = None) -> Code:
+    """Return address, opcode, modifiers and operands of every instruction.
+
+    Args:
+        path: A cubin, or a library with device code in it.
+        target: Which of a library's targets.
+        function: Mangled name of one function of it.
+
+    Raises:
+        RuntimeError: The disassembler fails.
+    """
+    choice = ["-arch", f"sm_{target}"] if target else []
+    choice += ["-fun", function] if function else []
+    sass = _run_tool("cuobjdump", *choice, "-sass", str(path))
+    return [(int(at, 16), opcode, rest, args) for at, opcode, rest, args in _INSTRUCTION.findall(sass)]
+
+
+def count(code: Iterable[tuple[int, str, str, str]]) -> dict[str, int]:
     """Opcodes by frequency; of the modifiers only those that choose the pipe (`IMAD.WIDE`) are kept."""
     names = (
         opcode + "".join(f".{part}" for part in rest.split(".") if part in ("WIDE", "MOV", "IADD", "SHL", "64", "128"))
@@ -270,14 +286,14 @@ def _count(code: Iterable[tuple[int, str, str, str]]) -> dict[str, int]:
     return dict(Counter(names).most_common())
 
 
-def _loops(code: _Code) -> list[dict[str, int]]:
+def find_loops(code: Code) -> list[dict[str, int]]:
     """Bodies of backward branches, shortest first; the branch to itself that ends every kernel is none."""
     found = []
     for at, opcode, _, args in code:
         target = re.search(r"0x([0-9a-f]+)", args)
         if opcode == "BRA" and target is not None and int(target[1], 16) < at:
             found.append([line for line in code if int(target[1], 16) <= line[0] <= at])
-    return [_count(body) for body in sorted(found, key=len)]
+    return [count(body) for body in sorted(found, key=len)]
 
 
 def _run_tool(name: str, *arguments: str) -> str:
