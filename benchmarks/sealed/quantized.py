@@ -1,7 +1,7 @@
 """The embedded model sealed in full precision and by every method of `quantize`, each served from its seal by vLLM.
 
-`python -m benchmarks.sealed.quantized`: size on disk, memory, tokens a second and perplexity on the standard library's own
-sources, one engine at a time.
+`python -m benchmarks.sealed.quantized`: size on disk, memory, tokens a second and perplexity on the standard library's
+own sources, one engine at a time.
 """
 
 from __future__ import annotations
@@ -41,9 +41,13 @@ def seal_embedded(folder: Path, method: str) -> dict[str, Any]:
     source = load_embedded()
     started = time.perf_counter()
     seal_model(
-        source if method == "bf16" else quantize_source(source, method), folder / "model", model_id="smollm2", version=1,
-        services=[LocalKMS(folder / "key")], signer=signer,
-    )  # fmt: skip
+        source if method == "bf16" else quantize_source(source, method),
+        folder / "model",
+        model_id="smollm2",
+        version=1,
+        services=[LocalKMS(folder / "key")],
+        signer=signer,
+    )
     seconds = time.perf_counter() - started
     agent = KeyAgent(
         services=[LocalKMS(folder / "key")],
