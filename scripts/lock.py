@@ -142,9 +142,9 @@ def main() -> int:
         blocks: dict[str, dict[str, str]] = {}
         cpu = Path(folder, "serve-cpu.txt")
         for name, extras, left_out, more in (
-            ("serve-cpu", ("engine-cpu",), ("torch", *LEFT_OUT), (*TORCH_CPU_REQUIRES, *BUILD_REQUIRES)),
+            ("serve-cpu", ("engine-cpu",), ("torch", "vllm", *LEFT_OUT), (*TORCH_CPU_REQUIRES, *BUILD_REQUIRES)),
             ("serve-gpu", ("engine-gpu",), LEFT_OUT_OF_GPU, BUILD_REQUIRES),
-            ("dev", ("kms-tpm", "dev"), ("torch", *LEFT_OUT), BUILD_REQUIRES),
+            ("dev", ("kms-tpm", "dev"), ("torch", "vllm", *LEFT_OUT), BUILD_REQUIRES),
         ):
             output = Path(folder, f"{name}.txt")
             if (LOCKS / output.name).exists():

@@ -40,7 +40,7 @@ def key_agent(job: dict[str, Any]):
     thread.join(10)
 
 
-def load(folder: str, load_format: str, extra: dict[str, Any]) -> tuple[Any, float]:
+def load(folder: str, load_format: str, extra: dict[str, Any], quantization: str | None) -> tuple[Any, float]:
     """Return the model and the seconds that vLLM spent in `load_weights`."""
     from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
@@ -49,6 +49,7 @@ def load(folder: str, load_format: str, extra: dict[str, Any]) -> tuple[Any, flo
     config = EngineArgs(
         model=folder,
         load_format=load_format,
+        quantization=quantization,
         model_loader_extra_config=extra,
         skip_tokenizer_init=True,
         enforce_eager=True,
@@ -105,13 +106,13 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         with key_agent(job) as manifest_sha256:
             extra = {"manifest_sha256": manifest_sha256} | job.get("extra", {})
             try:
-                sealed, seconds = load(job["sealed"], "strongroom", extra)
+                sealed, seconds = load(job["sealed"], "strongroom", extra, job.get("quantization"))
             except SealError as err:
                 return result | {"refused": err.kind, "detail": err.detail}
         result["sealed_s"].append(seconds)
         sealed_digest = digest(sealed)
         del sealed
-        plain, seconds = load(job["plain"], "safetensors", {})
+        plain, seconds = load(job["plain"], "safetensors", {}, job.get("quantization"))
         result["plain_s"].append(seconds)
         result["equal"] = digest(plain) == sealed_digest
         result["num_parameters"] = len(sealed_digest)

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives import serialization
 from safetensors.torch import load_file, save_file
 
 from server.sealed.format import HEADER_BYTES, parse_header
-from server.sealed.quantize import is_linear, quantize_source
+from server.sealed.quantize import METHODS, is_linear, quantize_source
 from server.sealed.source import load_source
 from server.sealed.unseal import unseal
 from tests.unit.sealed.test_sealed_unseal import release
@@ -102,7 +102,7 @@ def results(workshop: Workshop) -> dict[str, dict[str, Any]]:
     write_model(folder / "gptq", gptq_linear, gptq)
     for name in ("bf16", "awq", "gptq"):
         workshop.seal(f"{name}-sealed", source=load_source(folder / name), chunk_bytes=CHUNK_BYTES)
-    for method in ("w8a8", "w4a16"):
+    for method in METHODS:
         source = quantize_source(load_source(folder / "bf16"), method)
         released = release(workshop, workshop.seal(f"{method}-sealed", source=source, chunk_bytes=CHUNK_BYTES))
         unseal(released.model, released.data_key.reveal(), folder / method)
@@ -114,12 +114,14 @@ def results(workshop: Workshop) -> dict[str, dict[str, Any]]:
         )
     )
     common = {"signer": str(folder / "signer.pub"), "key": str(folder / "kms.key")}
-    variants: dict[str, tuple[str, dict[str, Any]]] = {n: (n, {}) for n in ("bf16", "w8a8", "w4a16", "awq", "gptq")}
+    variants: dict[str, tuple[str, dict[str, Any]]] = {n: (n, {}) for n in ("bf16", "awq", "gptq", *METHODS)}
     variants |= {"bf16 not lazy": ("bf16", {"lazy": False}), "bf16 one thread": ("bf16", {"threads": 1})}
     jobs: list[dict[str, Any]] = [
         common | {"name": name, "plain": str(folder / n), "sealed": str(folder / f"{n}-sealed"), "extra": extra}
         for name, (n, extra) in variants.items()
     ]
+    in_flight = {"name": "bnb in flight", "quantization": "bitsandbytes"}
+    jobs.append(common | in_flight | {"plain": str(folder / "bf16"), "sealed": str(folder / "bf16-sealed")})
     jobs.append(common | {"name": "damaged", "plain": str(folder / "bf16"), "sealed": str(folder / "damaged-sealed")})
     (folder / "jobs.json").write_text(json.dumps(jobs))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
@@ -138,7 +140,7 @@ def flip_last_chunk(path: Path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("name", ["bf16", "bf16 not lazy", "bf16 one thread", "w8a8", "w4a16", "awq", "gptq"])
+@pytest.mark.parametrize("name", ["bf16", "bf16 not lazy", "bf16 one thread", "awq", "gptq", "bnb in flight", *METHODS])
 def test_parameters_are_those_of_the_plain_model(results: dict[str, dict[str, Any]], name: str) -> None:
     assert results[name]["equal"]
     assert results[name]["num_parameters"] >= 15

@@ -15,8 +15,9 @@ import pytest
 import requests
 import trustme
 
+from server.commands.kms import check, least_policy
 from server.errors import ConfigError, KMSDeniedError, KMSDisabledError, KMSError, KMSUnreachableError
-from server.sealed.kms.openbao import OpenBaoKMS, policy, seal_policy
+from server.sealed.kms.openbao import OpenBaoKMS
 from server.sealed.kms.uri import open_kms
 from tests.integration.kms_contract import CONTEXT, Starts, check_round_trip, no_sleep
 
@@ -63,8 +64,9 @@ class Bao:
     def new_key(self, name: str) -> None:
         self.root.secrets.transit.create_key(name=name, derived=True, key_type="aes256-gcm96")
         self.root.secrets.transit.update_key_configuration(name=name, deletion_allowed=True)
-        self.root.sys.create_or_update_policy("open-" + name, policy("transit", name))
-        self.root.sys.create_or_update_policy("seal-" + name, seal_policy("transit", name))
+        self.root.sys.create_or_update_policy("open-" + name, least_policy(f"openbao:transit/{name}"))
+        sealing = least_policy(f"openbao:transit/{name}", sealing=True)
+        self.root.sys.create_or_update_policy("seal-" + name, sealing)
 
     def both(self, name: str) -> str:
         return self.token("open-" + name, "seal-" + name)
@@ -166,6 +168,7 @@ def test_app_role_and_environment(bao: Bao, tmp_path: Path, monkeypatch: pytest.
         monkeypatch.setenv(f"STRONGROOM_OPENBAO_{name}", value)
     starts = Starts(tmp_path, open_kms("openbao:transit/strongroom"))
     starts.released()
+    assert check("openbao:transit/strongroom")["key_id"] == "transit/strongroom"
     bao.root.auth.approle.destroy_secret_id("server", secret_id)
     starts.refused(KMSDeniedError)
     monkeypatch.delenv("STRONGROOM_OPENBAO_ROLE_ID")
@@ -187,7 +190,7 @@ def test_revoked_token(bao: Bao, tmp_path: Path) -> None:
 def test_withdrawn_policy(bao: Bao, tmp_path: Path) -> None:
     bao.new_key("withdrawn")
     starts = Starts(tmp_path, bao.kms(bao.both("withdrawn"), "withdrawn"))
-    bao.root.sys.create_or_update_policy("open-withdrawn", seal_policy("transit", "withdrawn"))
+    bao.root.sys.create_or_update_policy("open-withdrawn", least_policy("openbao:transit/withdrawn", sealing=True))
     starts.refused(KMSDeniedError)
 
 

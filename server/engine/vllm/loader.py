@@ -2,62 +2,26 @@
 
 from __future__ import annotations
 
-import copy
-import logging
-import os
-import socket
 import time
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
 
-from server.engine.vllm.device_open import Mode, new_opener
-from server.engine.vllm.lazy import DTYPES, SealedTensor
-from server.errors import KMSDeniedError, SealError, StartError
-from server.sealed.agent import ERROR_PREFIX, KEY_FD_ENV, KEY_REQUEST, LOADED_REPORT, MAX_PACKET_BYTES
-from server.sealed.envelope import verify_key_check
-from server.sealed.kms.base import DATA_KEY_BYTES, DataKey
-from server.sealed.memory import forbid_core_dumps, forbid_swap
-from server.sealed.model import open_pinned
-from server.sealed.shard import ShardReader
+from server.engine.vllm.weights import SealedWeights
+from server.errors import StartError
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
     import torch
 
-logger = logging.getLogger("strongroom.loader")
-
-_KEY_TIMEOUT_S: Final = 120.0
-_OWN_KEYS: Final = frozenset({"manifest_sha256", "threads", "lazy", "device_open"})
-_MAX_DEFAULT_THREADS: Final = 8
-
 
 class StrongroomLoader(DefaultModelLoader):
-    """Loads a sealed model.
-
-    Keys of its own in `model_loader_extra_config`: `manifest_sha256` (required; the manifest that the key agent
-    verified), `threads` (decryption threads), `lazy` (true; false hands out ordinary tensors, for a model whose loading
-    code can't take sealed ones), `device_open` (`auto`; see `device_open.Mode`).
-    """
+    """Loads a sealed model of any quantization that vLLM's default loader serves."""
 
     def __init__(self, load_config: Any) -> None:
-        extra = dict(load_config.model_loader_extra_config or {})
-        own = {key: extra.pop(key) for key in _OWN_KEYS & extra.keys()}
-        self._manifest_sha256 = own.get("manifest_sha256")
-        if not isinstance(self._manifest_sha256, str):
-            raise StartError("The load format 'strongroom' needs manifest_sha256 in model_loader_extra_config.")
-        self._threads = int(own.get("threads") or min(_MAX_DEFAULT_THREADS, os.cpu_count() or 1))
-        self._lazy = bool(own.get("lazy", True))
-        self._opener = new_opener(str(own.get("device_open") or Mode.AUTO))
-        self._readers: list[ShardReader] = []
-        self._pool: ThreadPoolExecutor | None = None
-        # The base class refuses keys that it doesn't know, so it gets a config without ours.
-        stripped = copy.copy(load_config)
-        stripped.model_loader_extra_config = extra
+        self._weights, stripped = SealedWeights.take(load_config)
         super().__init__(stripped)
 
     def download_model(self, model_config: Any) -> None:
@@ -69,107 +33,15 @@ class StrongroomLoader(DefaultModelLoader):
         raise StartError("Something in the engine asked for plain weight files; a sealed model has none.")
 
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
-        """Load, then close the shards and tell the key agent how it went."""
-        forbid_core_dumps()
-        forbid_swap()
-        channel = KeyChannel.from_environment()
-        try:
-            self._channel = channel
-            model = super().load_model(*args, **kwargs)
-            channel.report(LOADED_REPORT)
-        except SealError as err:
-            logger.error("sealed model refused (%s): %s", err.kind, err.detail)  # noqa: TRY400
-            channel.report(ERROR_PREFIX + err.detail.encode()[: MAX_PACKET_BYTES - 1])
-            raise
-        else:
-            return model
-        finally:
-            # Only here: a model may hold on to sealed tensors until its layers are processed, after load_weights.
-            self._close()
-            channel.close()
+        """Load, with the process guarded and the key agent at hand."""
+        with self._weights.loading():
+            return super().load_model(*args, **kwargs)
 
     def get_all_weights(self, model_config: Any, model: Any) -> Generator[tuple[str, torch.Tensor]]:
         """Yield every tensor by name, sealed still."""
         if getattr(model, "secondary_weights", ()):
             raise StartError("This model wants weights of a second model; a sealed model holds one.")
         self.counter_before_loading_weights = time.perf_counter()
-        self._open(Path(model_config.model))
-        for reader in self._readers:
-            for entry in reader.index.entries:
-                if should_skip_weight(entry.name, self.local_expert_ids):
-                    continue
-                tensor = SealedTensor(reader, entry.name, 0, entry.shape, DTYPES[entry.dtype], self._opener)
-                yield entry.name, tensor if self._lazy else tensor.decrypt()
-
-    def _open(self, folder: Path) -> None:
-        self._close()
-        sealed = open_pinned(folder, manifest_sha256=str(self._manifest_sha256))
-        self._pool = ThreadPoolExecutor(self._threads - 1, "unseal") if self._threads > 1 else None
-        with self._channel.fetch_key() as data_key:
-            verify_key_check(data_key, sealed.core_digest, sealed.manifest.key_check)
-            for shard in sealed.weights:
-                self._readers.append(
-                    ShardReader(
-                        sealed.path, shard, sealed.core, data_key.reveal(), pool=self._pool, threads=self._threads
-                    )
-                )
-
-    def _close(self) -> None:
-        while self._readers:
-            self._readers.pop().close()
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
-
-
-class KeyChannel:
-    """The worker's end of the socket to the key agent."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self._sock.settimeout(_KEY_TIMEOUT_S)
-
-    @classmethod
-    def from_environment(cls) -> KeyChannel:
-        """Take over the inherited descriptor.
-
-        Raises:
-            StartError: The engine was not started by a supervisor, or the descriptor was lost on the way.
-        """
-        try:
-            return cls(socket.socket(fileno=int(os.environ[KEY_FD_ENV])))
-        except (KeyError, ValueError, OSError) as err:
-            raise StartError(
-                f"{KEY_FD_ENV} names no open socket: a sealed model loads only under 'strongroom serve'."
-            ) from err
-
-    def fetch_key(self) -> DataKey:
-        """Ask for the data key.
-
-        Raises:
-            KMSDeniedError: The key agent refused or did not answer.
-        """
-        buffer = bytearray(MAX_PACKET_BYTES)
-        try:
-            self._sock.send(KEY_REQUEST)
-            count = self._sock.recv_into(buffer)
-        except OSError as err:
-            raise KMSDeniedError("The key agent did not answer. See the supervisor's log.") from err
-        try:
-            if count != DATA_KEY_BYTES:
-                reason = buffer[len(ERROR_PREFIX) : count].decode(errors="replace") if count else "it closed the socket"
-                raise KMSDeniedError(f"The key agent gave no key: {reason}.")
-            return DataKey(memoryview(buffer)[:DATA_KEY_BYTES])
-        finally:
-            buffer[:] = bytes(len(buffer))
-
-    def report(self, packet: bytes) -> None:
-        """Tell the key agent how the load went."""
-        try:
-            self._sock.send(packet)
-        except OSError:
-            logger.warning("the key agent is gone; it did not hear how the load went")
-
-    def close(self) -> None:
-        """Close the descriptor for good."""
-        self._sock.close()
+        for name, tensor in self._weights.tensors(model_config.model):
+            if not should_skip_weight(name, self.local_expert_ids):
+                yield name, tensor if self._weights.lazy else tensor.decrypt()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from multiprocessing import util
 from typing import Any, Final
@@ -10,6 +11,7 @@ from server.sealed.agent import KEY_FD_ENV
 from server.sealed.memory import forbid_core_dumps
 
 LOAD_FORMAT: Final = "strongroom"
+BNB_LOAD_FORMAT: Final = "bitsandbytes"
 _SPAWNED_CHILD: Final = "--multiprocessing-fork"
 
 
@@ -25,9 +27,23 @@ def register() -> None:
 
     if _LOAD_FORMAT_TO_MODEL_LOADER.get(LOAD_FORMAT) is not StrongroomLoader:
         register_model_loader(LOAD_FORMAT)(StrongroomLoader)
+    if importlib.util.find_spec("vllm_bnb_plugin") is not None:
+        _register_bitsandbytes()
     if KEY_FD_ENV in os.environ:
         forbid_core_dumps()
         pass_key_socket_on(int(os.environ[KEY_FD_ENV]))
+
+
+def _register_bitsandbytes() -> None:
+    """Stand in for that plug-in's loader; it is registered first, whichever of the two vLLM loads first."""
+    import vllm_bnb_plugin
+    from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER, register_model_loader
+
+    from server.engine.vllm.bnb import SealedBitsAndBytesLoader
+
+    vllm_bnb_plugin.register()
+    if _LOAD_FORMAT_TO_MODEL_LOADER.get(BNB_LOAD_FORMAT) is not SealedBitsAndBytesLoader:
+        register_model_loader(BNB_LOAD_FORMAT)(SealedBitsAndBytesLoader)
 
 
 def pass_key_socket_on(fd: int) -> None:

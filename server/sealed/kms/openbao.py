@@ -125,7 +125,7 @@ class OpenBaoKMS:
         except (hvac.exceptions.Forbidden, hvac.exceptions.Unauthorized) as err:
             raise KMSDeniedError(
                 f"OpenBao refused the use of {self.key_id}: the token is revoked or its policy does not allow it. "
-                f"'strongroom rewrap --print-policy' shows the one it needs."
+                f"'strongroom kms policy' prints the one it needs."
             ) from err
         except (hvac.exceptions.InternalServerError, hvac.exceptions.RateLimitExceeded) as err:
             raise KMSUnreachableError(f"OpenBao at {self._client.url} failed on its side.") from err
@@ -137,16 +137,6 @@ class OpenBaoKMS:
         if any(words in message for words in _DISABLED_WORDS):
             return KMSDisabledError(f"The key {self.key_id} is disabled, retired or destroyed in OpenBao.")
         return wrong_key("wrong context, another key or a damaged wrapped key")
-
-
-def policy(mount: str, key: str) -> str:
-    """Return the least policy for a server that opens models: it can decrypt with this key and nothing else."""
-    return f'path "{mount}/decrypt/{key}" {{\n  capabilities = ["update"]\n}}\n'
-
-
-def seal_policy(mount: str, key: str) -> str:
-    """Return the least policy for whoever seals models: it can encrypt, and can't open what it sealed."""
-    return f'path "{mount}/encrypt/{key}" {{\n  capabilities = ["update"]\n}}\n'
 
 
 def from_environment(rest: str) -> OpenBaoKMS:
