@@ -227,6 +227,8 @@ class Record:
         }
         if prompt.stand_in is not None:
             entry["stand_in"] = prompt.stand_in
+        if (shadow := prompt.shadow) is not None:
+            entry["shadow_template"] = {"id": shadow.id, "version": shadow.version, "digest": shadow.digest}
         self._is_opened = True  # from here on the entry may be durable, answered or not
         self.accepted_index = await self._audit.append(entry)
         return self.accepted_index

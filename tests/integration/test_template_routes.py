@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from benchmarks.gateway.kit import EMBEDDER, MODEL, GatewayKit, make_kit
+from benchmarks.gateway.kit import EMBEDDER, MODEL, GatewayKit, make_kit, wait_until
 from server.api.public import MODEL_ROUTES
 from server.template.registry import TemplateRegistry
 from server.template.rollout import Rollout, Stage
@@ -152,6 +152,40 @@ def test_a_rollout_gives_each_subject_always_the_same_version(kit: GatewayKit):
             assert response.headers["x-strongroom-template"] == f"rolled@{rollout.version_for('rolled', subject)}"
         seen.add(rollout.version_for("rolled", subject))
     assert seen == {"1.0.0", "1.1.0"}
+
+
+def test_a_shadow_candidate_is_on_record_only(kit: GatewayKit):
+    """The running gateway follows the roll-out file; the candidate in shadow is recorded and given to nobody."""
+    key = kit.new_key(groups={"rolled"}, subject="shadowed")
+    kit.wait_for_key(key)
+    stages = Rollout({"rolled": Stage("1.0.0", "1.1.0", shadow=True)})
+    folder = kit.settings.templates.directory
+    (folder / "rollout.json").write_bytes(stages.encode())
+    wait_until(lambda: any(e["event"] == "admin:template:changed" for e in kit.entries()), pause_s=0.2)
+    composed = TemplateRegistry.load(folder, folder / "templates.lock").shadow(["rolled"])
+    assert composed is not None
+    response = httpx.post(
+        kit.base + "/v1/completions", json=BODIES["/v1/completions"], headers={"authorization": f"Bearer {key}"}
+    )
+    assert response.headers["x-strongroom-template"] == "rolled@1.0.0"
+    entry = next(e for e in kit.entries() if e.get("request_id") == response.headers["x-request-id"])
+    assert entry["shadow_template"]["version"] == "1.1.0"
+    assert entry["shadow_template"]["digest"] == composed.ref.digest
+
+
+def test_a_broken_set_leaves_the_old_one_in_force(kit: GatewayKit, keys: list[str]):
+    lock_path = kit.settings.templates.directory / "templates.lock"
+    good = lock_path.read_bytes()
+    try:
+        lock_path.write_text("{}")
+        refused = lambda: [e for e in kit.entries() if e["event"] == "admin:template:changed" and e.get("refused")]  # noqa: E731
+        wait_until(lambda: bool(refused()), pause_s=0.2)
+        assert "templates.lock" in refused()[0]["reason"]
+        headers = {"authorization": f"Bearer {keys[0]}"}
+        response = httpx.post(kit.base + "/v1/chat/completions", json=BODIES["/v1/chat/completions"], headers=headers)
+        assert response.headers["x-strongroom-template-digest"] == REGISTRY.compose(DEMANDS[0]).ref.digest
+    finally:
+        lock_path.write_bytes(good)
 
 
 def test_refused_text_is_the_same_400_in_render_and_route(kit: GatewayKit, keys: list[str]):
