@@ -42,6 +42,7 @@ from server.registry.source import open_model
 from server.store.database import Store
 from server.store.incidents import Quarantine
 from server.store.watch import StoreWatch
+from server.template.follow import follow_templates
 from server.template.prompt import PromptBuilder
 from server.template.registry import TemplateRegistry
 
@@ -73,6 +74,7 @@ class Gateway:
     guard: Guard
     ledger: MemoryLedger | SharedLedger
     policy: PolicyEngine
+    templates: TemplateRegistry
     record: Callable[..., Coroutine[Any, Any, int]]
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
@@ -84,6 +86,7 @@ class Gateway:
         for engine in self.engines:
             self._tasks.append(asyncio.create_task(engine.watch(on_change=self._watcher(engine))))
         self._tasks.append(asyncio.create_task(follow_policies(self.policy, self.record)))
+        self._tasks.append(asyncio.create_task(follow_templates(self.templates, self.record)))
         totals = list(sum_used(self.store, time.time()))
         if isinstance(self.ledger, SharedLedger):
             await self.ledger.seed(totals)
@@ -211,6 +214,7 @@ def build_gateway(settings: Settings) -> Gateway:
         guard=guard,
         ledger=ledger,
         policy=policy,
+        templates=templates,
         record=record,
     )
 

@@ -2,8 +2,8 @@
 
     strongroom bench kernels --out FOLDER
 
-On a GPU it times every kernel beside the best library call. Without one it compiles for every target, counts the machine
-code and derives bounds from it; everything derived is called so.
+On a GPU it times every kernel beside the best library call. Without one it compiles for every target, counts the
+machine code and derives bounds from it; everything derived is called so.
 """
 
 from __future__ import annotations

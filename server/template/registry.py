@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from typing_extensions import override
@@ -122,14 +123,23 @@ class ComposedTemplate:
 NO_TEMPLATE = ComposedTemplate("", "", TemplateRef("none", "0", hashlib.sha256(b"").hexdigest()), ())
 
 
+@dataclass(frozen=True, slots=True)
+class TemplateSet:
+    """All templates by id and version, with their roll-out. `digest` is of the lock and the roll-out together."""
+
+    templates: dict[str, dict[str, Template]]
+    rollout: Rollout
+    digest: str
+
+
 class TemplateRegistry:
-    """The loaded set. `reload` replaces it whole or leaves it as it is.
+    """The set in force, composed on demand. A new set replaces it whole or not at all.
 
     Args:
         directory: `ID/VERSION.md` files.
         lock_path: The lock with the digest of each file.
         require_signature: Refuse a lock without a valid signature beside it.
-        public_key: Ed25519 key (32 raw bytes) that signs locks.
+        public_key: Ed25519 key (32 raw bytes, or PEM) that signs locks.
         rollout_path: Says which version a subject gets; `rollout.json` in the directory where None. A template that it
             does not name is served in its newest version.
     """
@@ -148,9 +158,7 @@ class TemplateRegistry:
         self._require_signature = require_signature
         self._public_key = public_key
         self._rollout_path = rollout_path or directory / "rollout.json"
-        self._seen: tuple[int, ...] = ()
-        self.rollout = Rollout()
-        self.templates: dict[str, dict[str, Template]] = {}
+        self.current = TemplateSet({}, Rollout(), "")
         self._composed: OrderedDict[tuple[Any, ...], ComposedTemplate] = OrderedDict()
 
     @classmethod
@@ -178,13 +186,30 @@ class TemplateRegistry:
         registry.reload()
         return registry
 
+    @property
+    def templates(self) -> dict[str, dict[str, Template]]:
+        """The templates in force, by id and version."""
+        return self.current.templates
+
+    @property
+    def rollout(self) -> Rollout:
+        """The roll-out in force."""
+        return self.current.rollout
+
     def reload(self) -> None:
         """Load the set again; on any error the old set stays.
 
         Raises:
             ConfigError: As `load`.
         """
-        self._seen = self._look()
+        self.adopt(self.read_next())
+
+    def read_next(self) -> TemplateSet:
+        """Return the set that the files hold now; it is not in force until it is adopted.
+
+        Raises:
+            ConfigError: As `load`.
+        """
         lock = load_lock(self._lock_path, require_signature=self._require_signature, public_key=self._public_key)
         templates = load_directory(self._directory)
         verify_lock(templates, lock)
@@ -194,26 +219,19 @@ class TemplateRegistry:
         verify_variables(templates)
         rollout = Rollout.load(self._rollout_path)
         rollout.verify(templates)
-        self.templates, self.rollout = templates, rollout
+        digest = hashlib.sha256(encode_lock(lock) + rollout.encode()).hexdigest()
+        return TemplateSet(templates, rollout, digest)
+
+    def adopt(self, fresh: TemplateSet) -> None:
+        """Put a set in force; prompts that are being rendered keep the one they began with."""
+        self.current = fresh
         self._composed = OrderedDict()
 
-    def poll(self) -> bool:
-        """Reload where the lock or the roll-out file has changed since the last load; return whether it did.
-
-        A set that is refused is not tried again until one of the two files changes once more.
-
-        Raises:
-            ConfigError: As `load`; the old set stays.
-        """
-        if self._look() == self._seen:
-            return False
-        self.reload()
-        return True
-
-    def _look(self) -> tuple[int, ...]:
-        """Return what tells one state of the two deciding files from another."""
+    def stamp(self) -> tuple[int, ...]:
+        """Return what changes when the lock, its signature or the roll-out file changes."""
+        signature = self._lock_path.with_name(self._lock_path.name + SIGNATURE_SUFFIX)
         state: list[int] = []
-        for path in (self._lock_path, self._rollout_path):
+        for path in (self._lock_path, signature, self._rollout_path):
             try:
                 stat = path.stat()
             except OSError:
@@ -452,7 +470,10 @@ def verify_signature(content: bytes, path: Path, public_key: bytes | None) -> No
     except (binascii.Error, ValueError) as err:
         raise ConfigError(f"{path} is not a signature.") from err
     try:
-        Ed25519PublicKey.from_public_bytes(public_key).verify(signature, content)
+        key = load_pem_public_key(public_key) if public_key.startswith(b"-----") else None
+        if key is not None and not isinstance(key, Ed25519PublicKey):
+            raise ConfigError("The key that template locks are signed with must be an Ed25519 key.")
+        (key or Ed25519PublicKey.from_public_bytes(public_key)).verify(signature, content)
     except (InvalidSignature, ValueError) as err:
         raise ConfigError(f"{path} is not a valid signature of the template lock by the key that is set.") from err
 

@@ -118,6 +118,9 @@ class ChatRenderer:
             text = text.replace(mark, "")
             pieces = [piece if isinstance(piece, int) else piece.replace(mark, "") for piece in pieces]
         if not text.startswith(block, offset):
+            # A date that the template writes before the block may have changed its length since this shape was kept.
+            offset = self._expect(turns, tool_set, block, afresh=True)[1]
+        if not text.startswith(block, offset):
             raise RequestError(
                 "The security policy would not stand first in this conversation. Simplify its roles and tools.",
                 param="messages",
@@ -155,7 +158,9 @@ class ChatRenderer:
                 self._tool_sets.popitem(last=False)
         return found
 
-    def _expect(self, turns: list[dict[str, Any]], tools: _ToolSet | None, block: str) -> tuple[list[int], int]:
+    def _expect(
+        self, turns: list[dict[str, Any]], tools: _ToolSet | None, block: str, *, afresh: bool = False
+    ) -> tuple[list[int], int]:
         """Return the control ids and the block's place of this conversation with neutral words for client text."""
         neutral = [
             {**turn, "content": self._neutral if turn["content"].strip() else turn["content"][:1]} for turn in turns
@@ -167,7 +172,7 @@ class ChatRenderer:
         else:
             shape = "".join(turn["role"][0] + (turn["content"] or "-") for turn in neutral)
         key = (block, shape)
-        found = self._shapes.get(key)
+        found = None if afresh else self._shapes.get(key)
         if found is None:
             if block:
                 neutral[0]["content"] = block

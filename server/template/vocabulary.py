@@ -74,6 +74,9 @@ class Vocabulary:
                 f"The tokenizer has control tokens of one character ({short!r}): client text can't be told from them."
             )
         self.control_ids: frozenset[int] = frozenset(t.id for t in self.controls.values())
+        # Text outside the vocabulary becomes the unknown token by rights; its spelling is still broken like any other.
+        unknown = _unknown_token(data["model"])
+        self._never_ids = self.control_ids - {t.id for t in self.controls.values() if t.content == unknown}
         self._joined = "\0".join(self.controls)
         self._break = _alternation(self.controls)
         # The tokenizer looks for tokens marked `normalized` only in what the others leave over, hence two passes.
@@ -176,7 +179,7 @@ class Vocabulary:
                 raise RequestError(
                     "The text holds half a character (a lone surrogate). Send valid Unicode.", code="invalid_unicode"
                 ) from err
-            if not self.control_ids.isdisjoint(ids):
+            if not self._never_ids.isdisjoint(ids):
                 ids = self._encode_apart(text, tokenizer)
             self._cache.put(key, ids)
         return ids
@@ -196,10 +199,10 @@ class Vocabulary:
         ids: list[int] = []
         for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
             piece = (self._joint if start else tokenizer).encode(text[start:end], add_special_tokens=False).ids
-            if not self.control_ids.isdisjoint(piece):
+            if not self._never_ids.isdisjoint(piece):
                 piece = [i for char in text[start:end] for i in self._joint.encode(char, add_special_tokens=False).ids]
             ids.extend(piece)
-        if not self.control_ids.isdisjoint(ids):
+        if not self._never_ids.isdisjoint(ids):
             raise RequestError(
                 "The text spells a control token of this model in a way that can't be written as plain text. "
                 "Put a space inside the token's name.",
@@ -278,6 +281,14 @@ def _load(tokenizer_json: bytes, config: Mapping[str, Any]) -> tuple[dict[str, A
     except (ValueError, TypeError, KeyError, AttributeError) as err:
         raise ConfigError(f"tokenizer.json can't be read ({type(err).__name__}). Export the tokenizer again.") from err
     return {**data, "truncation": None, "padding": None, "added_tokens": entries}, added
+
+
+def _unknown_token(model: Mapping[str, Any]) -> str | None:
+    """Return what the model writes for text that it has no piece for."""
+    if isinstance(number := model.get("unk_id"), int) and isinstance(vocab := model.get("vocab"), list):
+        return str(vocab[number][0])
+    unknown = model.get("unk_token")
+    return unknown if isinstance(unknown, str) else None
 
 
 def _new_tokenizer(data: Mapping[str, Any]) -> Tokenizer:

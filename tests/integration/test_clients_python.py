@@ -1,5 +1,7 @@
 """The Python SDKs, driven for real: exchanges, streams, tools, error classes."""
 
+from typing import Any
+
 import anthropic
 import httpx
 import openai
@@ -8,7 +10,7 @@ import pytest
 from benchmarks.gateway.kit import EMBEDDER, MODEL
 
 MESSAGES = [{"role": "user", "content": "hi"}]
-TOOL = {
+TOOL: dict[str, Any] = {
     "type": "function",
     "function": {"name": "look_up", "parameters": {"type": "object", "properties": {"q": {"type": "string"}}}},
 }

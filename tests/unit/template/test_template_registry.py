@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from server.errors import ConfigError, RequestError
+from server.errors import AuditUnavailableError, ConfigError, RequestError
 from server.template import registry as room
+from server.template.follow import follow_templates
 from server.template.rollout import Rollout, Stage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 FRONT = """---
 id: {id}
@@ -128,6 +135,10 @@ def test_signature_is_demanded_and_checked(tmp_path: Path):
     with pytest.raises(ConfigError, match="no public key"):
         load(None)
     assert load().templates
+    pem = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    assert load(pem).templates
+    with pytest.raises(ConfigError, match="not a valid signature"):
+        load(b"short")
 
 
 VARIABLES = """variables:
@@ -205,19 +216,44 @@ def test_rollout_of_an_unloaded_version_is_refused(tmp_path: Path):
         room.TemplateRegistry.load(tmp_path, lock(tmp_path))
 
 
-def test_poll_reloads_on_change_and_keeps_the_old_set_on_error(tmp_path: Path):
+async def test_a_change_is_followed_put_on_record_and_a_bad_set_left_out(tmp_path: Path):
     write(tmp_path)
     loaded = room.TemplateRegistry.load(tmp_path, lock(tmp_path))
-    assert loaded.poll() is False
+    entries: list[dict[str, object]] = []
+    down = True
+
+    async def record(event: str, **fields: object) -> None:
+        if down:
+            raise AuditUnavailableError("no log")
+        entries.append({"event": event, **fields})
+
+    async def until(check: Callable[[], bool]) -> None:
+        for _ in range(500):
+            if check():
+                return
+            await asyncio.sleep(0.01)
+        raise AssertionError("it did not happen")
+
+    task = asyncio.create_task(follow_templates(loaded, record, interval_s=0.01))
+    await asyncio.sleep(0.05)
     write(tmp_path, version="2.0.0")
     lock(tmp_path)
-    assert loaded.poll() is True
-    assert loaded.compose(["base"]).ref.version == "2.0.0"
+    await asyncio.sleep(0.1)
+    assert loaded.compose(["base"]).ref.version == "1.0.0", "in force before it was on record"
+    down = False
+    await until(lambda: loaded.compose(["base"]).ref.version == "2.0.0")
+    assert entries[0]["event"] == "admin:template:changed"
+    assert entries[0]["after"] == loaded.current.digest
     (tmp_path / "templates.lock").write_text("broken")
-    with pytest.raises(ConfigError, match="can't be parsed"):
-        loaded.poll()
-    assert loaded.poll() is False
+    await until(lambda: len(entries) == 2)
+    assert entries[1]["refused"] is True
     assert loaded.compose(["base"]).ref.version == "2.0.0"
+    lock(tmp_path)
+    (tmp_path / "rollout.json").write_bytes(Rollout({"base": Stage("1.0.0")}).encode())
+    await until(lambda: loaded.compose(["base"]).ref.version == "1.0.0")
+    await asyncio.sleep(0.05)
+    assert len(entries) == 3
+    task.cancel()
 
 
 def test_rollout_file_round_trips(tmp_path: Path):

