@@ -169,8 +169,8 @@ def test_a_shadow_candidate_is_on_record_only(kit: GatewayKit):
     )
     assert response.headers["x-strongroom-template"] == "rolled@1.0.0"
     entry = next(e for e in kit.entries() if e.get("request_id") == response.headers["x-request-id"])
-    assert entry["shadow_template"]["version"] == "1.1.0"
-    assert entry["shadow_template"]["digest"] == composed.ref.digest
+    assert entry["shadow"]["version"] == "1.1.0"
+    assert entry["shadow"]["digest"] == composed.ref.digest
 
 
 def test_a_broken_set_leaves_the_old_one_in_force(kit: GatewayKit, keys: list[str]):
