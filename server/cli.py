@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = load_command(arguments[0])
         parser = argparse.ArgumentParser(
             prog=f"strongroom {arguments[0]}",
-            description=command.HELP,
+            description=command.HELP[:1].upper() + command.HELP[1:].rstrip(".") + ".",
             epilog=command.EPILOG,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
