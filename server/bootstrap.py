@@ -99,6 +99,7 @@ def prepare_embedded(settings: Settings, say: Callable[[str], None]) -> None:
         say(f"sealing the embedded model {model.id} (about half a minute)")
         command = [
             sys.executable,
+            "-P",
             "-m",
             "server.bootstrap",
             model.id,

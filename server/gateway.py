@@ -8,6 +8,7 @@ import contextlib
 import gc
 import json
 import logging
+import resource
 import signal
 import socket
 import sys
@@ -130,6 +131,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     settings = parse_settings(json.loads(args.settings.read_text(encoding="utf-8")), base=Path("/"))
     setup_logging(settings.log_level)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # two sockets a stream
     try:
         uvloop.run(serve(settings))
     except StartError as err:

@@ -280,7 +280,9 @@ def _check_ports(settings: Settings) -> None:
 def _environment() -> dict[str, str]:
     """What our own processes inherit: nothing but what Python and the locale need."""
     kept = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "TMPDIR", "PYTHONPATH")
-    return {name: os.environ[name] for name in kept if name in os.environ} | {"PYTHONUNBUFFERED": "1"}
+    # PYTHONSAFEPATH: a folder called `server` where somebody happens to start this must not be imported.
+    fixed = {"PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"}
+    return {name: os.environ[name] for name in kept if name in os.environ} | fixed
 
 
 def _parse_cores(text: str | None) -> tuple[int, ...]:
