@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
 import time
@@ -27,6 +28,7 @@ SEGMENT_BYTES = 64 * 1024 * 1024
 # file system journal and so for nobody else's files (measured beside a busy neighbour: 0.1 ms against 2.8 ms).
 RESERVE_BYTES = 4 * 1024 * 1024
 RETRY_S = 0.25
+_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def write_all(descriptor: int, data: bytes, offset: int) -> None:
@@ -437,13 +439,33 @@ class AuditLog:
         path = self._unsynced[0]
         self._sync_file(path)
         sync_folder(path.parent)
+        self._drop_partials(path)
+        self._unsynced.popleft()
+        return True
+
+    @staticmethod
+    def _drop_partials(path: Path) -> None:
         partials = path.with_name(f"{path.name}.p")
         if partials.is_dir():
             for partial in partials.iterdir():
                 partial.unlink()
             partials.rmdir()
-        self._unsynced.popleft()
-        return True
+
+    def sync_tiles(self) -> None:
+        """Make all full tiles durable at once; may run in another thread while this one commits.
+
+        Under a load that leaves no idle moment they are thousands of files when a segment is full: one syncfs, beside
+        the loop, takes their place.
+        """
+        count = len(self._unsynced)
+        descriptor = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            if _LIBC.syncfs(descriptor):
+                raise OSError(ctypes.get_errno(), "syncfs failed")
+        finally:
+            os.close(descriptor)
+        for _ in range(count):
+            self._drop_partials(self._unsynced.popleft())
 
     @staticmethod
     def _sync_file(path: Path) -> None:
