@@ -147,6 +147,7 @@ class AuditLog:
             (self.directory / journal.FOLDER).mkdir(mode=0o700, exist_ok=True)
             self._open_segment()
             self._note = self._signer.note(0, self.tree.root())
+            self.publish()
             return
         first, path = segments[-1]
         if path.stat().st_size <= len(journal.segment_line(self.origin, first)) and len(segments) > 1:
