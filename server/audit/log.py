@@ -7,6 +7,7 @@ import fcntl
 import os
 import time
 from collections import deque
+from hashlib import sha256
 from typing import TYPE_CHECKING
 
 from server.audit import journal
@@ -93,6 +94,7 @@ class AuditLog:
         self._offset = 0
         self._reserved = 0
         self._last_commit = b""
+        self._digest = sha256()
         self._broken = False
         self._retry_at = 0.0
         self._bundle = bytearray()
@@ -224,6 +226,10 @@ class AuditLog:
             self._offset = len(line)
         os.ftruncate(self._descriptor, self._offset)
         self._reserved = self._offset
+        os.lseek(self._descriptor, 0, os.SEEK_SET)
+        self._digest = sha256()
+        while chunk := os.read(self._descriptor, 1 << 20):
+            self._digest.update(chunk)
         os.fdatasync(self._descriptor)
         if not self._note:
             self._note = self._signer.note(self.tree.size, self.tree.root())
@@ -263,6 +269,7 @@ class AuditLog:
         if self._descriptor >= 0:
             os.close(self._descriptor)
         self._segment, self._descriptor, self._last_commit = path, descriptor, b""
+        self._digest = sha256(line)
         self._offset = self._reserved = len(line)
 
     def commit(self, packed: bytes, entries: list[bytes]) -> int:
@@ -296,6 +303,7 @@ class AuditLog:
             self._retry_at = self._clock() + RETRY_S
             raise
         self._offset += len(commit)
+        self._digest.update(commit)
         self._last_commit = commit
         self._note = note
         self._append_bundle(packed, entries)
@@ -342,8 +350,12 @@ class AuditLog:
         """Whether the next commit should go to a new segment."""
         return self._offset >= self._segment_bytes
 
-    def rotate(self) -> None:
+    def rotate(self) -> str:
         """Close the segment, its tiles durable, and open the next.
+
+        Returns:
+            SHA-256 of the closed segment's bytes. Once it stands in an entry, the tree's signature vouches for every
+            signature in that segment, and a verifier need not verify each.
 
         Raises:
             OSError: Nothing changed, or the next commit tries again.
@@ -354,7 +366,9 @@ class AuditLog:
         for level in (None, *range(len(self.tree.levels))):
             self._sync_open(level)
         self._trim()
+        digest = self._digest.hexdigest()
         self._open_segment()
+        return digest
 
     def _trim(self) -> None:
         """Drop the zeros ahead: a closed segment ends with its last commit."""

@@ -355,13 +355,13 @@ class Writer:
                 log.publish()
                 self._next_publish_s = now_s + self._publish_interval_s
             if log.is_segment_full and now_s >= self._rotate_at_s and self._are_tiles_durable():
-                log.rotate()
+                digest = log.rotate()
                 ids = [json.loads(b'"' + request_id + b'"') for request_id in self._open]
                 for start in range(0, max(1, len(ids)), _IDS_PER_ENTRY):
-                    self._own.insert(
-                        start // _IDS_PER_ENTRY,
-                        encode_entry(new_entry(Event.SEGMENT_OPENED, open=ids[start : start + _IDS_PER_ENTRY])),
-                    )
+                    entry = new_entry(Event.SEGMENT_OPENED, open=ids[start : start + _IDS_PER_ENTRY])
+                    if not start:
+                        entry["previous_sha256"] = digest
+                    self._own.insert(start // _IDS_PER_ENTRY, encode_entry(entry))
                 self._commit_own()
             elif not busy and log.is_published and self._syncer is None:
                 log.sync_tile()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zlib
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,27 @@ def test_signatures_of_other_kinds_may_stand_on_a_checkpoint(copy: Path) -> None
     (copy / "checkpoint").write_text(note.replace(own, post_quantum))
     with pytest.raises(VerificationError, match="0 signatures"):
         Verifier(copy, key=new_signer().key).verify()
+
+
+def test_a_closed_segment_is_vouched_for_by_the_next(tmp_path: Path) -> None:
+    directory = tmp_path / "audit"
+    key = make_log(directory, 300, segment_bytes=20_000, group=1, seal=True)
+    segments = journal.list_segments(directory)
+    assert len(segments) > 3
+    Verifier(directory, key=key).verify()
+    _, path = segments[1]
+    data = bytearray(path.read_bytes())
+    with path.open("rb") as file:
+        file.readline()
+        commit = list(journal.read_commits(file, segments[1][0]))[3]
+    # A signature inside a closed segment is changed, checksum and all: nothing that it says matters any more.
+    at = commit.end - 4 - 20
+    data[at] = ord("A") if data[at] != ord("A") else ord("B")
+    data[commit.end - 4 : commit.end] = zlib.crc32(bytes(data[commit.offset : commit.end - 4])).to_bytes(4, "big")
+    path.write_bytes(data)
+    with pytest.raises(VerificationError) as caught:
+        Verifier(directory, key=key).verify()
+    assert caught.value.index == commit.first
 
 
 def test_the_command_verifies_and_names(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
