@@ -18,7 +18,7 @@ from pathlib import Path
 
 from server.audit.log import AuditLog
 from server.audit.tiles import pack_entries
-from tests.unit.audit.audit_kit import new_signer, request_pair
+from tests.unit.audit.audit_kit import event, new_signer, request_pair
 
 CHILD = """
 import json, resource, sys, time
@@ -44,7 +44,8 @@ def write(directory: Path, num_entries: int, group: int) -> None:
         pending += request_pair(number, **extra)
         if len(pending) >= group:
             if log.is_segment_full:
-                log.rotate()
+                digest = log.rotate()
+                pending.insert(0, event("audit:segment:opened", number, open=[], previous_sha256=digest))
             log.commit(pack_entries(pending), pending)
             pending = []
             if number % 4096 < group:

@@ -70,7 +70,7 @@ class VerifierKey:
         Raises:
             NoteError: Malformed, an unknown type, or a hash that is not the key's.
         """
-        parts = text.strip().split("+", 2)
+        parts = text.removesuffix("\n").split("+", 2)
         if len(parts) != 3 or _NAME.fullmatch(parts[0]) is None:
             raise NoteError("Not a verifier key: expected name+hash+base64.")
         material = _decode_base64(parts[2])

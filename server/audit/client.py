@@ -46,6 +46,7 @@ class _Link(asyncio.Protocol):
         self._waiting: deque[asyncio.Future[int]] = deque()
         self._num_sent = 0
         self._num_answered = 0
+        self.is_late = False
         self._watchdog: asyncio.TimerHandle | None = None
         self._partial = b""
 
@@ -76,6 +77,7 @@ class _Link(asyncio.Protocol):
 
     def _check(self, num_sent: int) -> None:
         late = num_sent - self._num_answered
+        self.is_late = late > 0
         for future in islice(self._waiting, max(0, late)):
             if not future.done():
                 future.set_exception(_unavailable("it gave no answer in time"))
@@ -94,6 +96,7 @@ class _Link(asyncio.Protocol):
         if self._partial:
             data = self._partial + data
         at, end, waiting = 0, len(data), self._waiting
+        self.is_late = False
         while at + ACK.size <= end:
             status, first, count = ACK.unpack_from(data, at)
             at += ACK.size
@@ -151,7 +154,10 @@ class AuditClient:
             EntryError: The entry can't be one; a bug of the caller.
         """
         data = encode_entry(entry)
-        return await (self._link or await self._connect()).send(data)
+        link = self._link or await self._connect()
+        if link.is_late:  # whoever waits already waited in vain; more would only fill memory
+            raise _unavailable("its writer gives no answer")
+        return await link.send(data)
 
     async def _connect(self) -> _Link:
         if self._connecting is None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
 import time
 from collections import deque
+from hashlib import sha256
 from typing import TYPE_CHECKING
 
 from server.audit import journal
@@ -27,6 +29,7 @@ SEGMENT_BYTES = 64 * 1024 * 1024
 # file system journal and so for nobody else's files (measured beside a busy neighbour: 0.1 ms against 2.8 ms).
 RESERVE_BYTES = 4 * 1024 * 1024
 RETRY_S = 0.25
+_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def write_all(descriptor: int, data: bytes, offset: int) -> None:
@@ -91,6 +94,7 @@ class AuditLog:
         self._offset = 0
         self._reserved = 0
         self._last_commit = b""
+        self._digest = sha256()
         self._broken = False
         self._retry_at = 0.0
         self._bundle = bytearray()
@@ -145,6 +149,7 @@ class AuditLog:
             (self.directory / journal.FOLDER).mkdir(mode=0o700, exist_ok=True)
             self._open_segment()
             self._note = self._signer.note(0, self.tree.root())
+            self.publish()
             return
         first, path = segments[-1]
         if path.stat().st_size <= len(journal.segment_line(self.origin, first)) and len(segments) > 1:
@@ -221,6 +226,10 @@ class AuditLog:
             self._offset = len(line)
         os.ftruncate(self._descriptor, self._offset)
         self._reserved = self._offset
+        os.lseek(self._descriptor, 0, os.SEEK_SET)
+        self._digest = sha256()
+        while chunk := os.read(self._descriptor, 1 << 20):
+            self._digest.update(chunk)
         os.fdatasync(self._descriptor)
         if not self._note:
             self._note = self._signer.note(self.tree.size, self.tree.root())
@@ -260,6 +269,7 @@ class AuditLog:
         if self._descriptor >= 0:
             os.close(self._descriptor)
         self._segment, self._descriptor, self._last_commit = path, descriptor, b""
+        self._digest = sha256(line)
         self._offset = self._reserved = len(line)
 
     def commit(self, packed: bytes, entries: list[bytes]) -> int:
@@ -293,6 +303,7 @@ class AuditLog:
             self._retry_at = self._clock() + RETRY_S
             raise
         self._offset += len(commit)
+        self._digest.update(commit)
         self._last_commit = commit
         self._note = note
         self._append_bundle(packed, entries)
@@ -339,8 +350,12 @@ class AuditLog:
         """Whether the next commit should go to a new segment."""
         return self._offset >= self._segment_bytes
 
-    def rotate(self) -> None:
+    def rotate(self) -> str:
         """Close the segment, its tiles durable, and open the next.
+
+        Returns:
+            SHA-256 of the closed segment's bytes. Once it stands in an entry, the tree's signature vouches for every
+            signature in that segment, and a verifier need not verify each.
 
         Raises:
             OSError: Nothing changed, or the next commit tries again.
@@ -351,7 +366,9 @@ class AuditLog:
         for level in (None, *range(len(self.tree.levels))):
             self._sync_open(level)
         self._trim()
+        digest = self._digest.hexdigest()
         self._open_segment()
+        return digest
 
     def _trim(self) -> None:
         """Drop the zeros ahead: a closed segment ends with its last commit."""
@@ -437,13 +454,33 @@ class AuditLog:
         path = self._unsynced[0]
         self._sync_file(path)
         sync_folder(path.parent)
+        self._drop_partials(path)
+        self._unsynced.popleft()
+        return True
+
+    @staticmethod
+    def _drop_partials(path: Path) -> None:
         partials = path.with_name(f"{path.name}.p")
         if partials.is_dir():
             for partial in partials.iterdir():
                 partial.unlink()
             partials.rmdir()
-        self._unsynced.popleft()
-        return True
+
+    def sync_tiles(self) -> None:
+        """Make all full tiles durable at once; may run in another thread while this one commits.
+
+        Under a load that leaves no idle moment they are thousands of files when a segment is full: one syncfs, beside
+        the loop, takes their place.
+        """
+        count = len(self._unsynced)
+        descriptor = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            if _LIBC.syncfs(descriptor):
+                raise OSError(ctypes.get_errno(), "syncfs failed")
+        finally:
+            os.close(descriptor)
+        for _ in range(count):
+            self._drop_partials(self._unsynced.popleft())
 
     @staticmethod
     def _sync_file(path: Path) -> None:

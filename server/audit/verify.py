@@ -7,6 +7,7 @@ import json
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from hashlib import file_digest
 from typing import TYPE_CHECKING
 
 from server.audit import journal
@@ -75,7 +76,6 @@ class Verifier:
         checkpoints: Checkpoints of this log that were kept elsewhere; they show a cut tail or a fork.
         witnesses: Public keys that must have cosigned `cosignatures`.
         use_journal: Whether the folder has its journal; False for a copy of tiles alone.
-        verify_every_signature: Whether each commit's signature is verified, or one a segment and every published one.
         on_entry: Told (index, entry) of every entry that is proved so far as a commit goes.
         on_progress: Told the index from time to time.
     """
@@ -88,7 +88,6 @@ class Verifier:
         checkpoints: tuple[str, ...] = (),
         witnesses: tuple[VerifierKey, ...] = (),
         use_journal: bool = True,
-        verify_every_signature: bool = True,
         on_entry: Callable[[int, dict[str, Any]], None] | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> None:
@@ -97,7 +96,7 @@ class Verifier:
         self._checkpoints = checkpoints
         self._witnesses = witnesses
         self._use_journal = use_journal
-        self._every_signature = verify_every_signature
+        self._every_signature = True
         self._on_entry = on_entry
         self._on_progress = on_progress
         self._tree = Tree()
@@ -220,7 +219,11 @@ class Verifier:
                     f"{path.name} begins at entry {first}, expected {self._tree.size}.",
                     index=min(first, self._tree.size),
                 )
+            sealed = self._sealed_digest(segments[number + 1]) if number + 1 < len(segments) else None
             with path.open("rb") as file:
+                is_sealed = sealed is not None and file_digest(file, "sha256").hexdigest() == sealed
+                self._every_signature = not is_sealed
+                file.seek(0)
                 self._offset = journal.read_segment_line(file, self._key.name, first)
                 try:
                     self._walk_segment(file)
@@ -230,6 +233,25 @@ class Verifier:
                     time.sleep(_RETRY_S)  # a commit that was being written while it was read; `_settle` reads on
                 if number + 1 < len(segments) and (self._tree.size == first or file.seek(0, 2) != self._offset):
                     raise VerificationError(f"{path.name} does not end with a commit.", index=self._tree.size)
+                if sealed is not None and not is_sealed:
+                    raise VerificationError(f"{path.name} is not what the next segment says of it.", index=first)
+
+    def _sealed_digest(self, following: tuple[int, Path]) -> str | None:
+        """Return what the next segment's first entry says of this one.
+
+        That entry is in the tree and so signed, as its own turn will show: where the digest fits, every byte of this
+        segment is vouched for, its signatures too, and the last of them is enough.
+        """
+        first, path = following
+        with path.open("rb") as file:
+            try:
+                journal.read_segment_line(file, self._key.name, first)
+                commit = next(journal.read_commits(file, first), None)
+                entry = parse_entry(split_entries(commit.entries)[0]) if commit is not None else {}
+            except (JournalError, TileError, EntryError, IndexError):
+                return None
+        digest = entry.get("previous_sha256") if entry.get("event") == Event.SEGMENT_OPENED else None
+        return digest if isinstance(digest, str) else None
 
     def _walk_segment(self, file: BinaryIO) -> None:
         file.seek(self._offset)

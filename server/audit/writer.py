@@ -1,6 +1,6 @@
 """The audit writer: a process that holds the signing key and appends what others send over a unix socket.
 
-One loop, no threads: take all that has arrived, commit it with one fdatasync, answer, and only then publish. What
+One loop: take all that has arrived, commit it with one fdatasync, answer, and only then publish. What
 arrives during the sync is the next group, so groups grow with the load and nobody waits for a timer.
 """
 
@@ -15,6 +15,7 @@ import signal
 import socket
 import struct
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -119,6 +120,7 @@ class Writer:
         self._last_commit_s = time.monotonic()
         self._next_publish_s = 0.0
         self._rotate_at_s = 0.0
+        self._syncer: threading.Thread | None = None
         self._wake, self._waker = socket.socketpair()
         self._waker.setblocking(False)
 
@@ -173,6 +175,8 @@ class Writer:
         self._selector.close()
         for sock in (self._listener, self._wake, self._waker):
             sock.close()
+        if self._syncer is not None:
+            self._syncer.join()
         try:
             self._log.close()
         except OSError as err:
@@ -350,20 +354,37 @@ class Writer:
             if not log.is_published and now_s >= self._next_publish_s:
                 log.publish()
                 self._next_publish_s = now_s + self._publish_interval_s
-            if log.is_segment_full and now_s >= self._rotate_at_s:
-                log.rotate()
+            if log.is_segment_full and now_s >= self._rotate_at_s and self._are_tiles_durable():
+                digest = log.rotate()
                 ids = [json.loads(b'"' + request_id + b'"') for request_id in self._open]
                 for start in range(0, max(1, len(ids)), _IDS_PER_ENTRY):
-                    self._own.insert(
-                        start // _IDS_PER_ENTRY,
-                        encode_entry(new_entry(Event.SEGMENT_OPENED, open=ids[start : start + _IDS_PER_ENTRY])),
-                    )
+                    entry = new_entry(Event.SEGMENT_OPENED, open=ids[start : start + _IDS_PER_ENTRY])
+                    if not start:
+                        entry["previous_sha256"] = digest
+                    self._own.insert(start // _IDS_PER_ENTRY, encode_entry(entry))
                 self._commit_own()
-            elif not busy and log.is_published:
+            elif not busy and log.is_published and self._syncer is None:
                 log.sync_tile()
         except (OSError, TileError) as err:
             self._next_publish_s = self._rotate_at_s = now_s + 1.0
             report("error", "audit tiles can't be published", error=str(err))
+
+    def _are_tiles_durable(self) -> bool:
+        """Start making the closing segment's tiles durable, off the loop; return whether that is done."""
+        if self._syncer is None:
+            self._syncer = threading.Thread(target=self._sync_tiles, name="audit tiles", daemon=True)
+            self._syncer.start()
+            return False
+        if self._syncer.is_alive():
+            return False
+        self._syncer = None
+        return True
+
+    def _sync_tiles(self) -> None:
+        try:
+            self._log.sync_tiles()
+        except OSError as err:  # they stay in the log's queue; closing the segment syncs them one by one
+            report("error", "audit tiles can't be made durable", error=str(err))
 
     # Sockets ------------------------------------------------------------------------------------------------------
 

@@ -98,16 +98,20 @@ def fill(log: AuditLog, num_entries: int, *, group: int = 7, **fields: Any) -> N
         log.publish()
 
 
-def make_log(directory: Path, num_entries: int, *, segment_bytes: int = 1 << 26, group: int = 7) -> VerifierKey:
+def make_log(
+    directory: Path, num_entries: int, *, segment_bytes: int = 1 << 26, group: int = 7, seal: bool = False
+) -> VerifierKey:
     """Write a whole log and return its public key."""
     signer = new_signer()
     log = AuditLog(directory, signer, segment_bytes=segment_bytes)
     entries = [entry for number in range(num_entries // 2) for entry in request_pair(number)]
     entries += [event("admin:act:performed", num_entries)] * (num_entries % 2)
     for start in range(0, len(entries), group):
-        if log.is_segment_full:
-            log.rotate()
         part = entries[start : start + group]
+        if log.is_segment_full:
+            digest = log.rotate()
+            if seal:
+                part = [event("audit:segment:opened", start, open=[], previous_sha256=digest), *part]
         log.commit(pack_entries(part), part)
     log.close()
     return signer.key

@@ -12,6 +12,7 @@ import pytest
 from server.audit.checkpoint import VerifierKey
 from server.audit.merkle import ProofError
 from server.audit.proof import Receipt, new_receipt, verify_receipt
+from server.audit.tags import Event
 from tests.unit.audit.audit_kit import ROOT, make_log, new_signer
 from tests.vectors.audit.go import build_go
 
@@ -89,3 +90,8 @@ def test_a_receipt_under_another_key_is_refused(log: Path) -> None:
     entry, receipt = new_receipt(log, 5)
     with pytest.raises(ProofError, match="refused"):
         verify_receipt(receipt, entry, VerifierKey.parse(str(new_signer("other").key)))
+
+
+def test_every_event_is_in_the_specification() -> None:
+    text = (ROOT / "docs/specs/audit-log.md").read_text()
+    assert [event for event in Event if f"`{event}`" not in text] == []

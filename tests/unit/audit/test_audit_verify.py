@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import zlib
 from pathlib import Path
 
 import pytest
 
 from server.audit import journal
-from server.audit.checkpoint import COSIGNATURE_ED25519, FileSigner, cosign, split_note
+from server.audit.checkpoint import COSIGNATURE_ED25519, FileSigner, cosign, signature_line, split_note
 from server.audit.log import AuditLog
 from server.audit.tiles import pack_entries
 from server.audit.verify import VerificationError, Verifier
@@ -115,6 +116,39 @@ def test_a_witness_that_must_have_cosigned(copy: Path) -> None:
     note = (copy / "checkpoint").read_text()
     (copy / "cosignatures").write_text(note + cosign(split_note(note)[0], witness, 1_700_000_000))
     assert Verifier(copy, witnesses=(witness.key,)).verify().cosigned == 600
+
+
+def test_signatures_of_other_kinds_may_stand_on_a_checkpoint(copy: Path) -> None:
+    """Key rotation, witnesses, and an ML-DSA-44 cosignature (key id, time, 2,420 bytes) go beside the log's own."""
+    note = (copy / "checkpoint").read_text()
+    post_quantum = signature_line("audit.test/log", b"\x01\x02\x03\x04", bytes(8 + 2420))
+    (copy / "checkpoint").write_text(note + post_quantum + signature_line("other.test/key", b"abcd", bytes(64)))
+    assert Verifier(copy, key=new_signer().key).verify().published == 600
+    own = note.splitlines(keepends=True)[-1]
+    (copy / "checkpoint").write_text(note.replace(own, post_quantum))
+    with pytest.raises(VerificationError, match="0 signatures"):
+        Verifier(copy, key=new_signer().key).verify()
+
+
+def test_a_closed_segment_is_vouched_for_by_the_next(tmp_path: Path) -> None:
+    directory = tmp_path / "audit"
+    key = make_log(directory, 300, segment_bytes=20_000, group=1, seal=True)
+    segments = journal.list_segments(directory)
+    assert len(segments) > 3
+    Verifier(directory, key=key).verify()
+    _, path = segments[1]
+    data = bytearray(path.read_bytes())
+    with path.open("rb") as file:
+        file.readline()
+        commit = list(journal.read_commits(file, segments[1][0]))[3]
+    # A signature inside a closed segment is changed, checksum and all: nothing that it says matters any more.
+    at = commit.end - 4 - 20
+    data[at] = ord("A") if data[at] != ord("A") else ord("B")
+    data[commit.end - 4 : commit.end] = zlib.crc32(bytes(data[commit.offset : commit.end - 4])).to_bytes(4, "big")
+    path.write_bytes(data)
+    with pytest.raises(VerificationError) as caught:
+        Verifier(directory, key=key).verify()
+    assert caught.value.index == commit.first
 
 
 def test_the_command_verifies_and_names(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
