@@ -262,7 +262,11 @@ def _optional(path: Path, value: str | list[str] | None) -> re.Pattern[str] | No
 
 
 def _compile(path: Path, pattern: str) -> re.Pattern[str]:
+    flags = re.MULTILINE
+    for mark, flag in (("(?i)", re.IGNORECASE), ("(?s)", re.DOTALL), ("(?m)", re.MULTILINE), ("(?im)", re.IGNORECASE)):
+        if mark in pattern:  # anywhere in a rule they mean the whole of it
+            pattern, flags = pattern.replace(mark, ""), flags | flag
     try:
-        return re.compile(pattern, re.MULTILINE)
+        return re.compile(pattern, flags)
     except re.error as err:
         raise ConfigError(f"{path}: the pattern {pattern!r} does not compile: {err}") from err
