@@ -87,13 +87,11 @@ def _found(source: str, name: str) -> list[Finding]:
     findings += [_finding(rule, node.start, node.end, name) for rule, node in reached]
     file_facts: dict[int, bool] = {}
     for callee, node, arguments in flow.calls:
-        for pattern in rules.patterns:
-            if (
-                pattern.call is not None
-                and pattern.call.search(callee)
-                and _call_fits(pattern, tree, node, arguments, functions, file_facts)
-            ):
-                findings.append(_finding(pattern.rule, node.start, node.end, name))
+        findings += [
+            _finding(pattern.rule, node.start, node.end, name)
+            for pattern in rules.patterns_for(callee)
+            if _call_fits(pattern, tree, node, arguments, functions, file_facts)
+        ]
     return findings
 
 
@@ -137,12 +135,11 @@ def _patterns(
 ) -> list[Finding]:
     findings = []
     facts: dict[int, bool] = {}
+    low = code.lower()
     for pattern in rules.patterns:
-        if (
-            pattern.match is None
-            or (pattern.need is not None and pattern.need not in code)
-            or not _file_fits(pattern, code, facts)
-        ):
+        if pattern.match is None or (pattern.words and not any(word in low for word in pattern.words)):
+            continue
+        if not _file_fits(pattern, code, facts):
             continue
         for match in pattern.match.finditer(masked if pattern.masked else code):
             if not pattern.masked and not masked[match.start() : match.end()].strip():

@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from server.guard.rules import ALL, BITS, Language, Rule, Sink
+from server.guard.rules import ALL, BITS, MAX_CALLEES, Language, Rule, Sink
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -130,7 +130,6 @@ class Flow:
         self._summaries: dict[int, Summary | None] = {}
         self._pending: list[tuple[str, Sink, Node]] = []
         self._aliases = aliases_of(tree)
-        self._callees: dict[str, tuple[bool, bool, int, bool, bool, list[Sink]]] = {}
         self.calls: list[tuple[str, Node, Node | None]] = []
 
     def run(self) -> list[tuple[Rule, Node]]:
@@ -461,9 +460,9 @@ class Flow:
                     self._env[text] = Value({f"!{text}@{arguments.start}": ALL})
 
     def _known(self, callee: str) -> tuple[bool, bool, int, bool, bool, list[Sink]]:
-        known = self._callees.get(callee)
+        language = self._language
+        known: tuple[bool, bool, int, bool, bool, list[Sink]] | None = language.callees.get(callee)
         if known is None:
-            language = self._language
             cleans = 0
             for pattern, mask in language.sanitizers:
                 if pattern.search(callee):
@@ -476,7 +475,9 @@ class Flow:
                 language.canonical is not None and language.canonical.search(callee) is not None,
                 [sink for sink in language.sinks if sink.call is not None and sink.call.search(callee)],
             )
-            self._callees[callee] = known
+            if len(language.callees) >= MAX_CALLEES:
+                language.callees.clear()
+            language.callees[callee] = known
         return known
 
     def _callee(self, text: str) -> str:
@@ -660,7 +661,7 @@ class Flow:
             )
         for pattern, mask in self._language.validators:
             for match in pattern.finditer(text):
-                if "v" not in pattern.groupindex:
+                if not match.groupdict().get("v"):
                     continue
                 base = re.match(r"[\w$]+", match["v"].lstrip("*&!( "))
                 value = (

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from server.errors import ConfigError
+from server.guard.literals import required_words
 
 # What a tainted value may be dangerous for; a sanitizer takes some of these away.
 DANGERS = (
@@ -21,6 +22,7 @@ DANGERS = (
 )  # fmt: skip
 BITS = {name: 1 << i for i, name in enumerate(DANGERS)}
 ALL = (1 << len(DANGERS)) - 1
+MAX_CALLEES = 20_000
 _SEVERITIES = frozenset({"low", "medium", "high", "critical"})
 
 
@@ -71,7 +73,7 @@ class Pattern:
     lacks: tuple[re.Pattern[str], ...]
     file_has: re.Pattern[str] | None
     file_lacks: re.Pattern[str] | None
-    need: str | None
+    words: tuple[str, ...]
 
 
 @dataclass(slots=True)
@@ -91,6 +93,18 @@ class Language:
     propagators: re.Pattern[str] | None = None
     sinks: list[Sink] = field(default_factory=list)
     patterns: list[Pattern] = field(default_factory=list)
+    callees: dict[str, Any] = field(default_factory=dict)
+    call_patterns: dict[str, list[Pattern]] = field(default_factory=dict)
+
+    def patterns_for(self, callee: str) -> list[Pattern]:
+        """Return the call patterns that fit `callee`; remembered, for code calls the same names over and over."""
+        known = self.call_patterns.get(callee)
+        if known is None:
+            if len(self.call_patterns) >= MAX_CALLEES:
+                self.call_patterns.clear()
+            known = [p for p in self.patterns if p.call is not None and p.call.search(callee)]
+            self.call_patterns[callee] = known
+        return known
 
 
 def rules_folder() -> Path:
@@ -213,10 +227,11 @@ def _sinks(path: Path, given: dict[str, Any], weaknesses: dict[str, Any]) -> lis
 def _pattern(path: Path, given: dict[str, Any], weaknesses: dict[str, Any]) -> Pattern:
     entry = dict(given)
     rule = _rule(path, entry, weaknesses)
+    match = _optional(path, entry.pop("match", None))
     made = Pattern(
         rule,
         _optional(path, entry.pop("call", None)),
-        _optional(path, entry.pop("match", None)),
+        match,
         bool(entry.pop("masked", False)),
         entry.pop("scope", "function"),
         _optional(path, entry.pop("args", None)),
@@ -225,7 +240,7 @@ def _pattern(path: Path, given: dict[str, Any], weaknesses: dict[str, Any]) -> P
         tuple(_compile(path, p) for p in _listed(entry.pop("lacks", []))),
         _optional(path, entry.pop("file_has", None)),
         _optional(path, entry.pop("file_lacks", None)),
-        entry.pop("need", None),
+        required_words(match) if match is not None else (),
     )
     _nothing_left(path, rule, entry)
     if (made.call is None) == (made.match is None):

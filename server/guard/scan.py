@@ -30,7 +30,10 @@ def scan_text(text: str, *, language: str | None = None, path: str | None = None
 
 def scan_code(source: str, language: str | None) -> CodeScan:
     """Return what the code detectors say of one block; `language` None means that the block says it itself."""
-    return tuple(code.find_insecure(source, language)), None
+    try:
+        return tuple(code.find_insecure(source, language)), None
+    except Exception as err:  # noqa: BLE001  # the scanners' boundary: whatever fails in one is told as unscanned, by name only
+        return (), f"the scanner failed: {type(err).__name__}"
 
 
 def judge(

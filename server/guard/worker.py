@@ -21,11 +21,7 @@ def main() -> int:
     out.flush()
     for line in sys.stdin.buffer:
         source, language = json.loads(line)
-        try:
-            answer = workers.encode(*scan.scan_code(source, language))
-        except Exception as err:  # noqa: BLE001  # the worker's boundary: whatever fails is told as `unscanned`, by name only
-            answer = workers.encode((), type(err).__name__)
-        out.write(answer)
+        out.write(workers.encode(*scan.scan_code(source, language)))
         out.flush()
     return 0
 

@@ -62,7 +62,7 @@ class _Worker:
         await self.process.stdin.drain()
         answer = json.loads(await self._line())
         if answer["error"]:
-            return (), f"the scanner failed: {answer['error']}"
+            return (), str(answer["error"])
         return tuple(Finding(**finding) for finding in answer["findings"]), None
 
     async def kill(self) -> None:
