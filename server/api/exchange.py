@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from contextlib import aclosing
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from starlette.responses import Response
@@ -66,6 +67,14 @@ def read_credentials(scope: Scope) -> Credentials:
         malformed = "two different credentials"
     certificate = scope.get("extensions", {}).get("tls", {}).get("client_cert_der")
     return Credentials(tuple(Secret(value) for value in values), malformed, certificate)
+
+
+def read_data_class(scope: Scope) -> str | None:
+    """Return the class that the caller gives its data, for policy to judge; sent twice, it is a class of no name."""
+    found = [raw for name, raw in scope["headers"] if name == b"x-data-classification"]
+    if not found:
+        return None
+    return found[0].decode("latin-1")[:64] if len(found) == 1 else "ambiguous"
 
 
 def read_client(scope: Scope) -> Client:
@@ -149,7 +158,9 @@ class Exchange(Response):
             data = await body.read()
             # From here on nobody reads the socket but this watch, which sees the client leave.
             self._watch = asyncio.get_running_loop().create_task(self._watch_client(receive, task))
-            return self._format.parse(parse_json_object(data))
+            request = self._format.parse(parse_json_object(data))
+            data_class = read_data_class(scope)
+            return request if data_class is None else replace(request, classification=data_class)
 
         call = Call(
             request_id,

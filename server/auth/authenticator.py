@@ -151,6 +151,7 @@ class Authenticator:
                 return known
         wait_s = self._throttle.wait_s(client.address)
         if wait_s > 0:
+            self._throttle.fail(client.address)
             raise _too_many(wait_s)
         if is_token and self._tokens is not None:
             return await self._tokens.authenticate(text)

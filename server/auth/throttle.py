@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import time
 from collections import OrderedDict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from server.errors import AuditUnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
 MAX_ADDRESSES = 65536
+MAX_REPORTED = 1024
+REPORT_S = 30.0
 
 
 class FailureThrottle:
@@ -30,6 +35,7 @@ class FailureThrottle:
         self._refill_s = refill_s
         self._clock = clock
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        self._suppressed: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self._buckets)
@@ -49,13 +55,36 @@ class FailureThrottle:
         network = _network(address)
         found = self._buckets.pop(network, None)
         left = self._burst if found is None else self._left(found)
+        if left < 1.0 and (network in self._suppressed or len(self._suppressed) < MAX_REPORTED):
+            self._suppressed[network] = self._suppressed.get(network, 0) + 1
         self._buckets[network] = (max(0.0, left - 1.0), self._clock())
         if len(self._buckets) > MAX_ADDRESSES:
             self._buckets.popitem(last=False)
 
+    def take_suppressed(self) -> dict[str, int]:
+        """Return how many failures came after an address was told to wait, by address, since the last call."""
+        taken, self._suppressed = self._suppressed, {}
+        return taken
+
     def _left(self, bucket: tuple[float, float]) -> float:
         left, at_s = bucket
         return min(self._burst, left + (self._clock() - at_s) / self._refill_s)
+
+
+async def report_suppressed(
+    throttle: FailureThrottle, record: Callable[..., Awaitable[Any]], *, interval_s: float = REPORT_S
+) -> None:
+    """Put failures that were turned away unseen on the audit log, one entry an address and interval, until cancelled.
+
+    One entry each would let whoever sends them fill the log.
+    """
+    while True:
+        await asyncio.sleep(interval_s)
+        for network, num in throttle.take_suppressed().items():
+            try:
+                await record("gateway:credential:refused", reason="throttled", address=network, num_failures=num)
+            except AuditUnavailableError:
+                break  # the log is down, and nothing else is answered either
 
 
 def _network(address: str) -> str:

@@ -207,7 +207,7 @@ class PolicyEngine:
             request.wire_format if "wire" in reads else "",
             num_tokens,
             request.stream if "stream" in reads else False,
-            request.classification or "internal",
+            "internal" if request.classification is None else request.classification,
             address,
             name,
             hour,

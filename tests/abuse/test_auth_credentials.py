@@ -216,3 +216,20 @@ def test_neither_store_nor_log_nor_listing_holds_a_key(gateway, key, capsys):
     assert held == []
     assert main(["keys", "list", "--state", str(state), "--json"]) == 0
     assert secret.decode() not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ([], 200),
+        ([("x-data-classification", "public")], 200),
+        ([("x-data-classification", "restricted")], 403),
+        ([("x-data-classification", "nonsense")], 403),
+        ([("x-data-classification", "")], 403),
+        ([("x-data-classification", "public"), ("x-data-classification", "restricted")], 403),
+    ],
+)
+def test_the_class_of_the_data_is_judged_and_never_guessed(gateway, key, headers, status):
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
+    sent = [("authorization", f"Bearer {key}"), *headers]
+    assert ask(gateway, "POST", "/v1/chat/completions", sent, json=body).status_code == status

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -15,15 +17,28 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from server.auth.pepper import CacheSalt
 from server.engine.client import EngineClient, unix_address
 from server.engine.local import engine_paths, isolation_status
 from server.errors import EngineError, EngineUnavailableError, RequestError
-from server.types import Chat, Completion, Delta, ModelRequest, Payload, Prompt, RequestId, TemplateRef, WireFormat
+from server.types import (
+    Chat,
+    Completion,
+    Delta,
+    ModelRequest,
+    Payload,
+    Prompt,
+    RequestId,
+    TemplateRef,
+    TenantId,
+    WireFormat,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -286,6 +301,50 @@ async def test_a_caller_who_leaves_stops_the_engine(client: EngineClient) -> Non
     made = await gauge(client, "vllm:generation_tokens_total")
     await asyncio.sleep(0.5)
     assert await gauge(client, "vllm:generation_tokens_total") == made
+
+
+def rank_test(first: list[float], second: list[float]) -> float:
+    """The two-sided p of Mann and Whitney's rank test, by its normal approximation."""
+    ranks = {value: rank for rank, value in enumerate(sorted([*first, *second]), start=1)}
+    num_first, num_second = len(first), len(second)
+    rank_sum = sum(ranks[value] for value in first) - num_first * (num_first + 1) / 2
+    deviation = math.sqrt(num_first * num_second * (num_first + num_second + 1) / 12)
+    return math.erfc(abs(rank_sum - num_first * num_second / 2) / deviation / math.sqrt(2))
+
+
+@pytest.mark.parametrize("num_pairs", [12, pytest.param(50, marks=pytest.mark.slow)])
+async def test_another_tenants_cached_prefix_is_as_slow_as_a_fresh_one(client: EngineClient, num_pairs: int) -> None:
+    """Without the salt the same test sees the cache at once, which shows that it can see it."""
+    salt = CacheSalt(bytes(range(32)))
+    victim, attacker = salt.cache_salt(TenantId("acme")), salt.cache_salt(TenantId("zeta"))
+    request = ModelRequest(WireFormat.CHAT, "m", CHAT, {"temperature": 0}, stream=True)
+
+    def new_prefix() -> list[int]:
+        return [1000 + secrets.randbelow(40_000) for _ in range(700)]
+
+    async def first_token_s(ids: list[int], cache_salt: str) -> float:
+        prompt = Prompt("", ids, TemplateRef("t", "1", "0" * 64))
+        start_s = time.perf_counter()
+        stream = client.stream(prompt, request, max_tokens=1, cache_salt=cache_salt, request_id=RequestId("r"))
+        async with aclosing(stream):
+            await anext(stream)
+            return time.perf_counter() - start_s
+
+    taken: dict[str, list[float]] = {"salted, cached": [], "salted, fresh": [], "bare, cached": [], "bare, fresh": []}
+    await first_token_s(new_prefix(), victim)  # the first of this length warms up
+    for number in range(num_pairs):
+        prefix = new_prefix()
+        await first_token_s(prefix, victim)
+        asked = [
+            ("salted, cached", prefix, attacker),
+            ("salted, fresh", new_prefix(), attacker),
+            ("bare, cached", prefix, victim),
+            ("bare, fresh", new_prefix(), victim),
+        ]
+        for kind, ids, cache_salt in asked if number % 2 else reversed(asked):
+            taken[kind].append(await first_token_s(ids, cache_salt))
+    assert rank_test(taken["bare, cached"], taken["bare, fresh"]) < 0.001, taken
+    assert rank_test(taken["salted, cached"], taken["salted, fresh"]) > 0.001, taken
 
 
 async def test_a_killed_worker_ends_the_whole_tree(

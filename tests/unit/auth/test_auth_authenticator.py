@@ -1,11 +1,13 @@
 """The one place that decides who a caller is."""
 
+import asyncio
+
 import pytest
 
 from server.auth.api_key import KeyRing, new_key
 from server.auth.authenticator import Authenticator
 from server.auth.pepper import Pepper
-from server.auth.throttle import MAX_ADDRESSES, FailureThrottle
+from server.auth.throttle import MAX_ADDRESSES, FailureThrottle, report_suppressed
 from server.errors import AuthenticationError, RateLimitedError, UnavailableError
 from server.store.incidents import Incident, Quarantine, Quarantined
 from server.store.keys import KeyRow
@@ -155,3 +157,22 @@ def test_throttle_memory_is_bounded_and_ipv6_is_counted_by_network():
     for number in range(MAX_ADDRESSES + 10):
         throttle.fail(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}")
     assert len(throttle) == MAX_ADDRESSES
+
+
+async def test_failures_turned_away_unseen_are_put_on_record_in_sums():
+    world = World()
+    for _ in range(10):
+        with pytest.raises((AuthenticationError, RateLimitedError)):
+            await world.ask("wrong")
+    log = []
+    reported = asyncio.Event()
+
+    async def record(event, **fields):
+        log.append((event, fields))
+        reported.set()
+
+    task = asyncio.create_task(report_suppressed(world.throttle, record, interval_s=0.001))
+    await asyncio.wait_for(reported.wait(), 5)
+    task.cancel()
+    assert log == [("gateway:credential:refused", {"reason": "throttled", "address": "10.0.0.1", "num_failures": 7})]
+    assert world.throttle.take_suppressed() == {}

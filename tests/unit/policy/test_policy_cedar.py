@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
+from server.api.public import MODEL_ROUTES
 from server.errors import ConfigError
 from server.policy.cases import load_cases, run_cases
 from server.policy.cedar import PolicySet, Question
 from server.policy.engine import ModelFacts, PolicyEngine
-from server.policy.permissions import GENERATING, Permission, covers, parse_scope
+from server.policy.permissions import FOR_WIRE_FORMAT, GENERATING, Permission, covers, parse_scope
 from server.store.incidents import Incident, Quarantine, Quarantined
 from server.types import (
     Chat,
@@ -305,3 +306,9 @@ def test_the_strictest_of_each_stands(folder):
 def test_what_a_set_looks_at(folder, condition, reads):
     (folder / "a.cedar").write_text(GOOD.replace("resource);", f"resource) when {{ {condition} }};"))
     assert PolicySet.load(folder).reads == reads
+
+
+def test_every_route_to_a_model_asks_for_a_permission_that_carries_demands():
+    for route, fmt in MODEL_ROUTES:
+        assert fmt.action in GENERATING, route
+        assert FOR_WIRE_FORMAT[fmt.wire_format] == fmt.action, route
