@@ -1,6 +1,6 @@
 """Time that vLLM spends in `load_weights`, sealed against plain safetensors, in turn in one process.
 
-`python -m benchmarks.sealed.in_vllm`: the embedded model, through vLLM's own model classes; all parameters are compared.
+`python -m benchmarks.sealed.in_vllm`: the embedded model through vLLM's own model classes; all parameters are compared.
 """
 
 from __future__ import annotations
