@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
 
+    from server.sealed.signature import Signer
     from server.sealed.source import Source
 
 HELP: str = "seal a model folder under one or more key services"
+_PKCS11 = "pkcs11:"
 EPILOG: str = (
     "example: strongroom seal ./Qwen3-Coder ./models/coder --model-id coder --model-version 3 "
     "--kms file:/etc/strongroom/kms.key --sign /etc/strongroom/sign.pem"
@@ -38,7 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model-version", type=int, default=1, help="higher than every earlier version (default: 1)")
     parser.add_argument("--suite", choices=[s.value for s in Suite], default=Suite.AES_256_GCM.value)
     parser.add_argument("--seal-files", action="store_true", help="seal config and tokenizer too")
-    parser.add_argument("--sign", type=Path, metavar="KEY", help="PEM private key (ECDSA) that signs the model")
+    parser.add_argument("--sign", metavar="KEY", help="PEM private key (ECDSA) that signs, or pkcs11:token=T;object=K")
     parser.add_argument("--create-key", action="store_true", help="make the file: key and the signing key if missing")
     parser.add_argument("--licence", default="", metavar="SPDX", help="licence of the model")
     parser.add_argument("--lineage", action="append", default=[], metavar="NAME=VALUE", help="where it came from")
@@ -55,7 +57,7 @@ def seal_folder(args: argparse.Namespace, change: Callable[[Source], Source]) ->
     if args.create_key:
         _create_missing_keys(args)
     services = [open_kms(uri) for uri in args.kms]
-    signer = LocalSigner.load(args.sign) if args.sign is not None else None
+    signer = _load_signer(args.sign) if args.sign is not None else None
     source = change(load_source(args.model_dir))
     with progress_bar() as bar:
         task = bar.add_task("sealing", total=source.num_bytes)
@@ -95,6 +97,16 @@ def _create_missing_keys(args: argparse.Namespace) -> None:
         path = Path(uri.removeprefix("file:").removeprefix("//"))
         if uri.startswith("file:") and not path.exists():
             create_key_file(path)
-    if args.sign is not None and not args.sign.exists():
-        create_signing_key(args.sign)
-        print(f"new signing key; give {public_path(args.sign)} to the servers as a trusted signer", file=sys.stderr)
+    if args.sign is not None and not args.sign.startswith(_PKCS11) and not Path(args.sign).exists():
+        create_signing_key(Path(args.sign))
+        print(
+            f"new signing key; give {public_path(Path(args.sign))} to the servers as a trusted signer", file=sys.stderr
+        )
+
+
+def _load_signer(key: str) -> Signer:
+    if key.startswith(_PKCS11):
+        from server.sealed.kms.pkcs11 import signer_from_environment
+
+        return signer_from_environment(key.removeprefix(_PKCS11))
+    return LocalSigner.load(Path(key))

@@ -323,6 +323,8 @@ def parse_index(data: bytes, header: ShardHeader, name: str) -> Index:
         if num_elements * DTYPE_BYTES[dtype] != entries[-1].num_bytes:
             raise entry.error("bytes", "does not fit shape and dtype")
     fields.end()
+    if header.kind is Kind.FILES and any(not _FILE_NAME.match(e.name) for e in entries):
+        raise SealError(f"{what}: a file's name is not acceptable", kind="header")
     if len({e.name for e in entries}) != len(entries):
         raise SealError(f"{what}: a name appears twice", kind="header")
     if sum(e.num_bytes for e in entries) != header.payload_bytes:

@@ -27,16 +27,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger("strongroom.loader")
 
 _KEY_TIMEOUT_S: Final = 120.0
-_OWN_KEYS: Final = frozenset({"manifest_sha256", "threads", "lazy", "device_open"})
+_OWN_KEYS: Final = frozenset({"manifest_sha256", "folder", "threads", "lazy", "device_open"})
 _MAX_DEFAULT_THREADS: Final = 8
 
 
 class SealedWeights:
     """What every loader of ours shares, whatever loader of vLLM's it stands in for.
 
-    Keys of ours in `model_loader_extra_config`: `manifest_sha256` (the manifest that the key agent verified), `threads`
-    (decryption threads), `lazy` (true; false hands out ordinary tensors, for a model whose loading code can't take
-    sealed ones), `device_open` (`auto`; see `device_open.Mode`).
+    Keys of ours in `model_loader_extra_config`: `manifest_sha256` (the manifest that the key agent verified), `folder`
+    (the sealed folder, where the engine's model path is one of staged files), `threads` (decryption threads), `lazy`
+    (true; false hands out ordinary tensors, for a model whose loading code can't take sealed ones), `device_open`
+    (`auto`; see `device_open.Mode`).
 
     Args:
         own: Those keys with their values.
@@ -49,6 +50,7 @@ class SealedWeights:
         self._manifest_sha256 = own.get("manifest_sha256")
         if not isinstance(self._manifest_sha256, str):
             raise StartError("The load format 'strongroom' needs manifest_sha256 in model_loader_extra_config.")
+        self._folder = own.get("folder")
         self._threads = int(own.get("threads") or min(_MAX_DEFAULT_THREADS, os.cpu_count() or 1))
         self.lazy = bool(own.get("lazy", True))
         self._opener = new_opener(str(own.get("device_open") or Mode.AUTO))
@@ -91,7 +93,7 @@ class SealedWeights:
             KMSDeniedError: There is no key for this worker.
         """
         if not self._readers:
-            self._open(Path(folder))
+            self._open(Path(self._folder or folder))
         for reader in self._readers:
             for entry in reader.index.entries:
                 yield entry.name, SealedTensor(reader, entry.name, 0, entry.shape, DTYPES[entry.dtype], self._opener)

@@ -1,0 +1,94 @@
+"""Time that vLLM spends in `load_weights`, sealed against plain safetensors, in turn in one process.
+
+`python -m benchmarks.sealed.in_vllm`: the embedded model through vLLM's own model classes; all parameters are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from benchmarks.sealed.load import setting
+from server.sealed.agent import KeyAgent
+from server.sealed.embedded import load_embedded
+from server.sealed.kms.local import LocalKMS, create_key_file
+from server.sealed.quantize import quantize_source
+from server.sealed.seal import seal_model
+from server.sealed.signature import LocalSigner, TrustedSigner, create_signing_key
+from server.sealed.unseal import unseal
+
+
+def make_job(folder: Path, method: str, rounds: int) -> dict[str, object]:
+    """Seal the embedded model and lay its plain twin beside it."""
+    key, pem = folder / f"{method}.key", folder / f"{method}.pem"
+    create_key_file(key)
+    create_signing_key(pem)
+    signer = LocalSigner.load(pem)
+    source = load_embedded()
+    sealed, plain = folder / f"{method}-sealed", folder / f"{method}-plain"
+    seal_model(
+        source if method == "bf16" else quantize_source(source, method),
+        sealed,
+        model_id="smollm2",
+        version=1,
+        services=[LocalKMS(key)],
+        signer=signer,
+    )
+    agent = KeyAgent(
+        services=[LocalKMS(key)],
+        trusted_signers=[TrustedSigner.of(signer.public_key)],
+        record=lambda _tag, **_fields: None,
+    )
+    release = agent.release(sealed)
+    unseal(release.model, release.data_key.reveal(), plain)
+    public = folder / f"{method}.pub"
+    public.write_bytes(signer.public_key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    return {
+        "name": method, "plain": str(plain), "sealed": str(sealed), "key": str(key), "signer": str(public),
+        "rounds": rounds,
+    }  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure and print the ratio; the first round is dropped."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--method", action="append", help="bf16 (default), or a method of quantize")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.set_defaults(threads=os.cpu_count(), cold=False)
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as scratch:
+        jobs = [make_job(Path(scratch), method, args.rounds + 1) for method in args.method or ["bf16"]]
+        Path(scratch, "jobs.json").write_text(json.dumps(jobs))
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.engine.sealed_loading", str(Path(scratch, "jobs.json"))],
+            capture_output=True, text=True, check=False,
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"},
+        )  # fmt: skip
+    rows = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if len(rows) != len(jobs):
+        print(done.stderr[-3000:], file=sys.stderr)
+        return 1
+    for row in rows:
+        sealed, plain = row["sealed_s"][1:], row["plain_s"][1:]
+        row["sealed_of_plain"] = statistics.median(s / p for s, p in zip(sealed, plain, strict=True))
+        print(
+            f"{row['name']}: load_weights plain {statistics.median(plain) * 1000:.1f} ms, "
+            f"sealed {statistics.median(sealed) * 1000:.1f} ms, {row['sealed_of_plain']:.3f} of plain, "
+            f"{row['num_parameters']} parameters equal: {row['equal']}"
+        )
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "sealed-in-vllm.json").write_text(json.dumps({"setting": setting(args), "rows": rows}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
