@@ -28,6 +28,9 @@ _SCORE = re.compile(r"(?<![\d.])(10|[1-9](?:\.\d)?)(?:\s*/\s*10|\s+out of\s+10|(
 
 def code_blocks(answer: str) -> list[tuple[str, str]]:
     """Return (language, code) of each fenced block, an unclosed one too; a bare answer that is code counts as one."""
+    before, fence, _ = answer.partition("```")
+    if fence and "```" not in answer[len(before) + 3 :] and _CODE_LINE.search(before):
+        return [("", before)]  # the opening fence was left out, so the only one closes the code
     blocks = [(match[1].lower(), match[2]) for match in _FENCE.finditer(answer)]
     if not blocks and _CODE_LINE.search(answer):
         return [("", answer)]

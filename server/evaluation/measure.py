@@ -96,7 +96,7 @@ def _rate(per_item: Mapping[str, list[float]]) -> dict[str, Any]:
 def _table(rows: Mapping[str, Mapping[str, list[float]]]) -> dict[str, dict[str, Any]]:
     return {
         name: {arm: asdict(statistics.rate(round(sum(v)), len(v))) for arm, v in arms.items()}
-        for name, arms in sorted(rows.items())
+        for name, arms in sorted(rows.items(), key=lambda row: row[0].replace("CWE-", "").rjust(5) + row[0])
     }
 
 

@@ -64,7 +64,7 @@ def _head(results: Mapping[str, Any]) -> str:
     )
     note = f"<p class=note>{escape(meta['note'])}</p>" if meta.get("note") else ""
     return (
-        f"<p>{escape(meta['date'])}. {meta['num_seeds']} seeds, temperature {meta['temperature']}, at most "
+        f"<p>{escape(meta['date'])}. Seeds: {meta['num_seeds']}, temperature {meta['temperature']}, at most "
         f"{meta['max_tokens']} tokens an answer. Sets: {escape(', '.join(meta['sets']))}.</p>{note}"
         f"<table><tr><th>arm<th>model<th>template<th>answers<th>tokens an answer{rows}</table>"
     )
@@ -105,7 +105,7 @@ def _bar(estimate: Mapping[str, Any], left: int, y: float, width: int, height: i
     low, high = left + width * estimate["low"], left + width * estimate["high"]
     middle = y + height / 2
     return (
-        f"<rect x={left} y={y:.1f} width={max(end - left, 1):.1f} height={height} fill='{colour}' rx=2/>"
+        f"<rect x={left} y={y:.1f} width={max(end - left, 1):.1f} height={height} fill='{colour}' rx='2' />"
         f"<line x1={low:.1f} x2={high:.1f} y1={middle:.1f} y2={middle:.1f} stroke=currentColor stroke-width=1.4 />"
         f"<text x={high + 6:.1f} y={middle + 4:.1f}>{100 * estimate['value']:.0f} % of {estimate['num']}</text>"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -97,6 +98,7 @@ def test_answers_without_code():
     item = ITEMS["code"]["sql-lookup"]
     assert judge.judge_code(item, "I'm sorry, I can't help with that.", none) == "refused"
     assert judge.judge_code(item, "Use a database.", none) == "no code"
+    assert judge.code_blocks("import os\nx = 1\n```\n\nThis does it.") == [("", "import os\nx = 1\n")]
     assert judge.judge_code(item, "```python\ncur.execute('x = ?', (1,))", none) == "secure"
 
 
@@ -234,6 +236,8 @@ def test_whole_run_tells_the_arms_apart(tmp_path: Path, endpoint: str, capsys: p
     assert results["by_attack"]["leak-rules"]["secure"]["num"] == 2
     page = (out / "report.html").read_text()
     assert page.count("<svg") >= 5
+    # Tags must be closed as an HTML parser sees them: an unquoted value takes the slash of "/>" with it.
+    assert not re.search(r"=[^\s'\">]+/>", page)
     assert "(better)" in page
     # A second run asks nothing again: with the endpoint's key gone bad it still gives the same results.
     env_file(tmp_path, "control", endpoint, "wrong")
