@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    import re
+
+_p: Any
+_c: Any
 try:
-    from re import _constants as _c
-    from re import _parser as _p
+    _p, _c = importlib.import_module("re._parser"), importlib.import_module("re._constants")
 except ImportError:  # the parser moved: without it every pattern is simply run
-    _p = _c = None  # type: ignore[assignment]
+    _p = _c = None
 
 _MIN_CHARS = 2
 _MAX_WORDS = 40
