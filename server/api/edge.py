@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import secrets
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("strongroom.api")
 
-_REQUEST_ID = re.compile(rb"^[A-Za-z0-9._-]{1,64}$")
 _SECURITY_HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"cache-control", b"no-store"),
@@ -26,7 +24,7 @@ _EXPOSED = b"x-request-id, x-strongroom-template, x-strongroom-audit-index, retr
 class Edge:
     """ASGI middleware of both listeners.
 
-    The request id is ours; a well-formed `x-request-id` of the caller's is kept beside it for correlation only.
+    The request id is ours: a caller's own `x-request-id` is ignored, for it would name records.
 
     Args:
         app: The application behind.
@@ -45,9 +43,7 @@ class Edge:
         request_id = "req_" + secrets.token_hex(12)
         origin = b""
         for name, value in scope["headers"]:
-            if name == b"x-request-id" and _REQUEST_ID.match(value):
-                scope["client_request_id"] = value.decode()
-            elif name == b"origin":
+            if name == b"origin":
                 origin = value
         scope["request_id"] = request_id
         extra = [(b"x-request-id", request_id.encode()), *_SECURITY_HEADERS]
