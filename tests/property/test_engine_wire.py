@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import orjson
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.engine.wire import EventParser
@@ -31,6 +31,7 @@ def parsed(pieces: list[bytes]) -> list[Delta]:
     return deltas
 
 
+@settings(deadline=None)
 @given(EVENTS, ENDS, st.lists(st.integers(1, 40), min_size=1))
 def test_cutting_changes_nothing(events: list[dict[str, object]], end: bytes, sizes: list[int]) -> None:
     stream = b"".join(b"data: " + orjson.dumps(event) + end for event in events) + b"data: [DONE]\n\n"
@@ -43,6 +44,7 @@ def test_cutting_changes_nothing(events: list[dict[str, object]], end: bytes, si
     assert len(parsed(pieces)) == len(events)
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(max_size=60), max_size=6))
 def test_any_bytes_are_parsed_or_refused(pieces: list[bytes]) -> None:
     parser = EventParser(chat=True)
@@ -77,6 +79,7 @@ EVENT = st.fixed_dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(EVENT | ANY, st.booleans())
 def test_any_event_is_parsed_or_refused(event: object, chat: bool) -> None:
     try:

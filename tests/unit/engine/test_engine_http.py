@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     Script = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
-QUICK = Timeouts(connect_s=1.0, first_byte_s=1.0, stall_s=0.2)
+QUICK = Timeouts(connect_s=5.0, first_byte_s=5.0, stall_s=5.0)
 OK_CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
