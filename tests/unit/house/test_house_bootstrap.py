@@ -30,7 +30,7 @@ def settings_with(state, **model):
 
 def test_missing_embedded_model_is_sealed(tmp_path, commands):
     bootstrap.prepare_embedded(settings_with(tmp_path, id="smollm2-135m-instruct"), lambda _: None)
-    assert [command[2:5] for command in commands] == [
+    assert [command[3:6] for command in commands] == [
         ["server.bootstrap", "smollm2-135m-instruct", str(tmp_path / "models" / "m")]
     ]
 
