@@ -200,6 +200,6 @@ def read_damaged_entries(file: BinaryIO) -> list[bytes]:
     at = 0
     while at + 2 <= len(data) and len(entries) < count:
         stop = at + 2 + (data[at] << 8 | data[at + 1])
-        entries.append(data[at + 2 : stop])
+        entries.append(data[at + 2 : stop] if stop <= len(data) else b"")  # a length that leads out is no entry
         at = stop
     return entries

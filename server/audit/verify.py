@@ -152,7 +152,10 @@ class Verifier:
                 raise VerificationError(f"{path.name} does not belong in an audit log.", index=0)
 
     def _load_key(self) -> None:
-        self._key = VerifierKey.parse((self._directory / "vkey").read_text())
+        text = (self._directory / "vkey").read_text()
+        self._key = VerifierKey.parse(text)
+        if text != f"{self._key}\n":
+            raise VerificationError("vkey does not end with one line break.", index=0)
         if self._pinned is not None and self._pinned != self._key:
             raise VerificationError("The log's vkey is not the pinned one.", index=0)
 

@@ -489,6 +489,8 @@ def serve(
     Raises:
         StartError: The log, the key or the socket is refused.
     """
+    # Whoever can connect may also stop us: until the handler stands, SIGTERM waits.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     orphans: dict[bytes, None] = {}
     log = AuditLog(
         directory,
@@ -499,6 +501,7 @@ def serve(
     sock = bind(path)
     writer = Writer(log, sock, orphans=orphans, publish_interval_s=publish_interval_s, heartbeat_s=heartbeat_s)
     signal.signal(signal.SIGTERM, writer.stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor stops the writer last
     try:
         writer.start()

@@ -231,3 +231,13 @@ async def test_a_live_log_verifies_while_it_is_written(tmp_path: Path) -> None:
         await client.aclose()
     assert sizes == sorted(sizes)
     assert sizes[-1] > sizes[0]
+
+
+def test_a_writer_stopped_as_soon_as_it_listens_stops_cleanly(tmp_path: Path) -> None:
+    with writer_process(tmp_path):
+        pass
+    for _ in range(5):
+        process = start_writer(tmp_path, tmp_path / "audit.key")
+        process.terminate()
+        assert process.wait(20) == 0
+    assert Verifier(tmp_path / "audit").verify().events["audit:log:stopped"] == 6
