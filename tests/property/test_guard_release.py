@@ -79,7 +79,7 @@ def cuts(text: str) -> dict[str, list[str]]:
     }
 
 
-def without_where(outcome: Outcome) -> tuple[object, ...]:
+def without_where(outcome: Outcome) -> tuple:
     assert outcome.scan is not None
     return outcome.scan.state, tuple(replace(f, where=None) for f in outcome.scan.findings)
 
