@@ -286,7 +286,7 @@ _CONTEXTS: tuple[_Context, ...] = (
     _Context(
         "npm-auth-token",
         ("_auth", "_password"),
-        r"_(?:authToken|auth|password)\s{0,2}=\s{0,2}[\"']?",
+        r"(?:^|[\s:/])_(?:authToken|auth|password)\s{0,2}=\s{0,2}[\"']?",
         r"[^\s\"'$]",
         8,
         "opaque",
