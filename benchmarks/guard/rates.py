@@ -43,11 +43,8 @@ def load_pairs() -> list[Pair]:
 
 def load_secrets() -> list[tuple[str, bool]]:
     """Return (line, whether it holds a credential); `§` is taken out, so that no line here is one to other scanners."""
-    rows = []
-    for line in (CASES / "secrets.md").read_text().splitlines():
-        if line.startswith(("+ ", "- ")):
-            rows.append((line[2:].replace("§", ""), line[0] == "+"))
-    return rows
+    lines = (CASES / "secrets.md").read_text().splitlines()
+    return [(line[2:].replace("§", ""), line[0] == "+") for line in lines if line.startswith(("+ ", "- "))]
 
 
 def flagged(pair: Pair, text: str) -> bool:

@@ -186,7 +186,12 @@ class Flow:
         if node.parent is not None and node.parent.kind in ("decorated_definition", "export_statement"):
             header_start = node.parent.start
         elif node.kind == "method_definition" and node.parent is not None:
-            header_start = max([node.parent.start, *(kid.end for kid in node.parent.kids if kid.end <= node.start and kid.kind != "decorator")])
+            header_start = max(
+                [
+                    node.parent.start,
+                    *(kid.end for kid in node.parent.kids if kid.end <= node.start and kid.kind != "decorator"),
+                ]
+            )
         body = node.field("body")
         header = tree.code[header_start : body.start if body is not None else node.end]
         is_handler = language.handler is not None and language.handler.search(header) is not None
