@@ -79,6 +79,16 @@ def _found(source: str, name: str) -> list[Finding]:
         text = plain.PlainText(source, name)
         return _patterns(rules, text.code, text.masked, text.statements, [], name)
     tree = Tree(source, name)
+    if tree.is_broken:
+        closers = unclosed(tree.masked)
+        if closers:  # a text that was cut short: what is there is read as if it had been ended
+            return [
+                replace(f, end=min(f.end, len(source))) for f in _found_in(Tree(source + closers, name), rules, name)
+            ]
+    return _found_in(tree, rules, name)
+
+
+def _found_in(tree: Tree, rules: Language, name: str) -> list[Finding]:
     flow = Flow(tree, rules)
     reached = flow.run()
     functions = outermost_functions(tree.root) if name not in ("terraform",) else []
@@ -93,6 +103,18 @@ def _found(source: str, name: str) -> list[Finding]:
             if _call_fits(pattern, tree, node, arguments, functions, file_facts)
         ]
     return findings
+
+
+def unclosed(masked: str) -> str:
+    """Return the brackets that would close what is open at the end of `masked`."""
+    pairs = {"(": ")", "[": "]", "{": "}"}
+    stack: list[str] = []
+    for char in masked:
+        if char in pairs:
+            stack.append(pairs[char])
+        elif stack and char == stack[-1]:
+            stack.pop()
+    return "".join(reversed(stack)) if len(stack) <= 64 else ""
 
 
 def _call_fits(

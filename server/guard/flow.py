@@ -185,6 +185,13 @@ class Flow:
         header_start = node.start
         if node.parent is not None and node.parent.kind in ("decorated_definition", "export_statement"):
             header_start = node.parent.start
+        elif node.kind == "method_definition" and node.parent is not None:
+            header_start = max(
+                [
+                    node.parent.start,
+                    *(kid.end for kid in node.parent.kids if kid.end <= node.start and kid.kind != "decorator"),
+                ]
+            )
         body = node.field("body")
         header = tree.code[header_start : body.start if body is not None else node.end]
         is_handler = language.handler is not None and language.handler.search(header) is not None
@@ -238,7 +245,8 @@ class Flow:
             elif tree.language == "python":
                 names = [n for n in param.walk() if n.kind == "identifier"][:1]
             else:
-                pattern = param.kids[0] if param.kids else param
+                parts = [kid for kid in param.kids if kid.kind not in ("decorator", "accessibility_modifier")]
+                pattern = parts[0] if parts else param
                 names = [n for n in pattern.walk() if n.kind in ("identifier", "shorthand_property_identifier_pattern")]
             found += [(tree.text(name), text) for name in names]
         return found

@@ -31,9 +31,13 @@ class TextHold:
     Args:
         whole_is_code: The text has no prose (a raw completion): all of it is held to its end.
         placeholders: Strings that must leave whole, so that they can be replaced.
+        passive: Nothing is ever held, so the text is only kept.
     """
 
-    def __init__(self, *, whole_is_code: bool = False, placeholders: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, *, whole_is_code: bool = False, placeholders: tuple[str, ...] = (), passive: bool = False
+    ) -> None:
+        self._passive = passive
         self.num_chars = 0
         self.safe = 0
         self.findings: list[Finding] = []
@@ -61,6 +65,10 @@ class TextHold:
     def push(self, piece: str) -> None:
         """Take the next piece and move `safe`."""
         self._parts.append(piece)
+        if self._passive:
+            self.num_chars += len(piece)
+            self.safe = self.num_chars
+            return
         if self._whole_is_code:
             self.num_chars += len(piece)
         elif "\n" not in piece and "\r" not in piece:
@@ -74,6 +82,8 @@ class TextHold:
 
     def finish(self) -> None:
         """The text has ended: code that is still open is closed, and nothing can grow any more."""
+        if self._passive:
+            return
         if self._line_parts and not self._whole_is_code:
             self._end_line()
         last = self._segmenter.finish()

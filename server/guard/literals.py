@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import re
 
-_p: Any
-_c: Any
+_c: Any = None
+_p: Any = None
 try:
-    _p, _c = importlib.import_module("re._parser"), importlib.import_module("re._constants")
+    _c, _p = importlib.import_module("re._constants"), importlib.import_module("re._parser")
 except ImportError:  # the parser moved: without it every pattern is simply run
-    _p = _c = None
+    _c = _p = None
 
 _MIN_CHARS = 2
 _MAX_WORDS = 40

@@ -176,13 +176,14 @@ class Choice:
         self._queue: deque[Delta] = deque()
         self._arguments: dict[int, list[str]] = {}
         self._holds_tools = mode in _HOLDING
+        passive = mode not in _HOLDING and not restored
         self.content = Channel(
             f"choices[{index}].content",
             mode,
-            TextHold(whole_is_code=raw and mode in _HOLDING, placeholders=tuple(restored)),
+            TextHold(whole_is_code=raw and mode in _HOLDING, placeholders=tuple(restored), passive=passive),
             restored,
         )
-        self.reasoning = Channel(f"choices[{index}].reasoning", mode, TextHold(), {})
+        self.reasoning = Channel(f"choices[{index}].reasoning", mode, TextHold(passive=mode not in _HOLDING), {})
 
     def push(self, deltas: list[Delta]) -> None:
         """Take the next deltas. Their text is looked at as one piece: what may leave does not depend on the cuts."""

@@ -46,8 +46,12 @@ def judge(
     """Put the verdict on `text` together; `scan_code` judges each block, here or from what a worker has said."""
     if len(text) > MAX_SCAN_CHARS:
         return ScanReport(ScanState.UNSCANNED, reason=f"the text is longer than {MAX_SCAN_CHARS} characters")
-    findings: list[Finding] = find_anywhere(text)
+    findings: list[Finding] = []
     reasons: list[str] = []
+    try:
+        findings += find_anywhere(text)
+    except secrets.TooManyCandidatesError:
+        reasons.append(f"a line names credentials more than {secrets.MAX_CANDIDATES} times")
     for start, source, label in code_blocks(text, language=language, path=path):
         found, reason = scan_code(source, label)
         if reason is not None:

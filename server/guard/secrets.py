@@ -25,6 +25,13 @@ if TYPE_CHECKING:
 
 MAX_VALUE_CHARS = 512
 MAX_KEY_CHARS = 16_384
+MAX_CANDIDATES = 4_000
+
+
+class TooManyCandidatesError(ValueError):
+    """A text names credentials so often that judging them all would take too long; the scan is not finished."""
+
+
 _EDGE = r"(?<![A-Za-z0-9_])"
 
 # (rule, literals it begins with, rest of the format, entropy floor of the rest in bits a character)
@@ -286,7 +293,7 @@ _CONTEXTS: tuple[_Context, ...] = (
     _Context(
         "npm-auth-token",
         ("_auth", "_password"),
-        r"_(?:authToken|auth|password)\s{0,2}=\s{0,2}[\"']?",
+        r"(?:^|[\s:/])_(?:authToken|auth|password)\s{0,2}=\s{0,2}[\"']?",
         r"[^\s\"'$]",
         8,
         "opaque",
@@ -451,7 +458,9 @@ def _contexts(line: str, *, live: bool) -> Iterator[tuple[str, str, re.Match[str
     if not any(word in low for word in _NAME_WORDS):
         return
     seen = -1
-    for name in _NAME.finditer(line):
+    for number, name in enumerate(_NAME.finditer(line)):
+        if number > MAX_CANDIDATES:
+            raise TooManyCandidatesError
         key_end = _KEY_TAIL.match(line, name.end()).end()  # type: ignore[union-attr]  # matches the empty string
         if key_end == seen:
             continue

@@ -79,7 +79,7 @@ class Tree:
         self.source = source
         self.language = language
         self._blank: list[tuple[int, int, bool]] = []
-        self._dropped = False
+        self.is_broken = False
         root = SgRoot(source, _GRAMMARS[language]).root()
         self.root = self._convert(root, None, 0)
         self.code = _blanked(source, [(a, b) for a, b, is_comment in self._blank if is_comment])
@@ -94,6 +94,8 @@ class Tree:
         node = Node(sg, sg.kind(), span.start.index, span.end.index, parent)
         if depth > MAX_DEPTH:
             raise RecursionError
+        if node.kind == "ERROR":
+            self.is_broken = True
         for child in sg.children():
             if not child.is_named():
                 continue

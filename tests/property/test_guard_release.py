@@ -12,7 +12,18 @@ from hypothesis import strategies as st
 
 from server.errors import ContentBlockedError
 from server.guard import fences, release, scan
-from server.types import Chat, Completion, Delta, ModelRequest, Outcome, ScanMode, ScanState, Secret, WireFormat
+from server.types import (
+    Chat,
+    Completion,
+    Delta,
+    Finding,
+    ModelRequest,
+    Outcome,
+    ScanMode,
+    ScanState,
+    Secret,
+    WireFormat,
+)
 
 CASES = Path(__file__).parent.parent / "vectors" / "guard"
 KEY = "ghp_" + "Zx8Kq2mN4vB7cR1tY6wE9uI3oP5aS0dFgHjL"
@@ -79,7 +90,7 @@ def cuts(text: str) -> dict[str, list[str]]:
     }
 
 
-def without_where(outcome: Outcome) -> tuple[object, ...]:
+def without_where(outcome: Outcome) -> tuple[ScanState, tuple[Finding, ...]]:
     assert outcome.scan is not None
     return outcome.scan.state, tuple(replace(f, where=None) for f in outcome.scan.findings)
 

@@ -1,0 +1,105 @@
+"""Rates of the guard on the repository's labelled cases; `--write` puts the table into docs/guard.md."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from server.guard import scan
+
+ROOT = Path(__file__).parent.parent.parent
+CASES = ROOT / "tests" / "vectors" / "guard"
+PAGE = ROOT / "docs" / "guard.md"
+BEGIN, END = "<!-- rates: begin -->", "<!-- rates: end -->"
+_FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One weakness, written wrongly and rightly."""
+
+    language: str
+    name: str
+    label: str
+    insecure: str
+    safe: str
+
+
+def load_pairs() -> list[Pair]:
+    """Return all twins of tests/vectors/guard, in order."""
+    pairs = []
+    for path in sorted(CASES.glob("*.md")):
+        if path.stem in ("README", "secrets"):
+            continue
+        for section in path.read_text().split("\n## ")[1:]:
+            name = section.split("\n", 1)[0]
+            (label, insecure), (_, safe) = _FENCE.findall(section)
+            pairs.append(Pair(path.stem, name, label, insecure, safe))
+    return pairs
+
+
+def load_secrets() -> list[tuple[str, bool]]:
+    """Return (line, whether it holds a credential); `§` is taken out, so that no line here is one to other scanners."""
+    lines = (CASES / "secrets.md").read_text().splitlines()
+    return [(line[2:].replace("§", ""), line[0] == "+") for line in lines if line.startswith(("+ ", "- "))]
+
+
+def flagged(pair: Pair, text: str) -> bool:
+    """Whether the scan of `text` finds anything."""
+    return bool(scan.scan_text(text, language=pair.label).findings)
+
+
+def rates() -> list[tuple[str, int, int, int, int]]:
+    """Return (language, pairs, insecure flagged, safe flagged, told apart) a language."""
+    rows = []
+    pairs = load_pairs()
+    for language in sorted({pair.language for pair in pairs}):
+        mine = [(flagged(p, p.insecure), flagged(p, p.safe)) for p in pairs if p.language == language]
+        rows.append(
+            (language, len(mine), sum(a for a, _ in mine), sum(b for _, b in mine), sum(a and not b for a, b in mine))
+        )
+    return rows
+
+
+def table() -> str:
+    """Return the table as Markdown."""
+    lines = ["| language | pairs | recall | false positives | told apart |", "|---|---|---|---|---|"]
+    lines += [f"| {name} | {n} | {a / n:.0%} | {b / n:.0%} | {c / n:.0%} |" for name, n, a, b, c in rates()]
+    secrets = [(bool(scan.find_anywhere(text)), is_secret) for text, is_secret in load_secrets()]
+    positives = [hit for hit, is_secret in secrets if is_secret]
+    negatives = [hit for hit, is_secret in secrets if not is_secret]
+    lines.append(
+        f"| secrets | {len(positives)} + {len(negatives)} look-alikes | {sum(positives) / len(positives):.0%} | "
+        f"{sum(negatives) / len(negatives):.0%} | |"
+    )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Print the table, the pairs that are not told apart, or write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="put the table into docs/guard.md")
+    parser.add_argument("--misses", action="store_true", help="list what is missed and what is flagged wrongly")
+    args = parser.parse_args()
+    if args.misses:
+        for pair in load_pairs():
+            if not flagged(pair, pair.insecure):
+                print("missed:", pair.language, pair.name)
+            for finding in scan.scan_text(pair.safe, language=pair.label).findings:
+                print("wrong:", pair.language, pair.name, finding.rule, finding.line)
+        for text, is_secret in load_secrets():
+            if bool(scan.find_anywhere(text)) != is_secret:
+                print("secret:", "missed" if is_secret else "wrong", text)
+    print(table())
+    if args.write:
+        page = PAGE.read_text()
+        head, rest = page.split(BEGIN)
+        PAGE.write_text(head + BEGIN + "\n" + table() + "\n" + END + rest.split(END)[1])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
