@@ -5,6 +5,7 @@ ENGINE ?= auto
 PYTHON ?=
 TARGET ?= cpu
 SECONDS ?= 60
+BENCH ?= gateway audit verify policy load
 DOCKER ?= docker
 BIN := .venv/bin
 
@@ -63,11 +64,11 @@ fuzz: setup-test ## the property tests with new seeds until SECONDS=60 are over
 	@end=$$(($$(date +%s) + $(SECONDS))); while [ "$$(date +%s)" -lt "$$end" ]; do \
 	$(BIN)/python -m pytest tests/property -q -x --hypothesis-seed="$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ')" || exit 1; done
 
-bench: setup-test ## run every benchmark, and add what it prints to benchmarks/results
-	@mkdir -p benchmarks/results; for script in $$(grep -l __main__ benchmarks/*/*.py); do \
-	module=$$(echo "$${script%.py}" | tr / .); echo "== $$module"; \
-	$(BIN)/python -m "$$module" > benchmarks/results/.last || exit 1; \
-	tee -a "benchmarks/results/$$module.jsonl" < benchmarks/results/.last; rm benchmarks/results/.last; done
+bench: setup-test ## measure: make bench, or BENCH="policy verify"; what is printed is added to benchmarks/results
+	@mkdir -p benchmarks/results; for name in $(BENCH); do echo "== $$name"; \
+	if [ "$$name" = audit ]; then set -- --dir .; else set --; fi; \
+	$(BIN)/strongroom bench "$$name" "$$@" > benchmarks/results/.last || exit 1; \
+	tee -a "benchmarks/results/$$name.txt" < benchmarks/results/.last; rm benchmarks/results/.last; done
 
 image: setup-test ## build the container image: make image TARGET=cpu|gpu (docs/dependencies.md: torch for the CPU)
 	mkdir -p build

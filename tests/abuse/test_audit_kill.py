@@ -44,7 +44,8 @@ async def one_kill(state: Path, number: int, rng: random.Random, answered: dict[
     process = await asyncio.to_thread(
         start_writer, state, state / "audit.key", "--segment-bytes", "200000", "--publish-interval-s", "0.02"
     )
-    await asyncio.to_thread(check, state, answered)  # the writer has recovered what the kill before left
+    if answered:  # before that, there may be no checkpoint yet
+        await asyncio.to_thread(check, state, answered)  # the writer has recovered what the kill before left
     client = AuditClient(state / "audit.sock")
     tasks = [asyncio.create_task(load(client, f"r{number}-{at}", answered)) for at in range(CLIENTS)]
     await asyncio.sleep(rng.uniform(0.0, 0.12))
