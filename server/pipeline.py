@@ -122,7 +122,9 @@ class Pipeline:
                     "x-strongroom-input-scan": scan.state,
                     "x-strongroom-audit-index": str(index),
                 }
-                deltas = model.stream(prompt, request, max_tokens=max_tokens, principal=principal, request_id=call.id)
+                deltas = reservation.watch(
+                    model.stream(prompt, request, max_tokens=max_tokens, principal=principal, request_id=call.id)
+                )
                 ask = follow_up(model, request, decision.obligations, principal, call)
                 released = self.guard.release(deltas, request, decision.obligations, call.outcome, ask=ask)
                 last: list[Delta] = []

@@ -68,6 +68,10 @@ class Reservation(Protocol):
 
     headers: dict[str, str]
 
+    def watch(self, deltas: AsyncGenerator[list[Delta], None]) -> AsyncGenerator[list[Delta], None]:
+        """Yield what the engine says and count it, so that an answer that is never settled is charged all the same."""
+        ...
+
     def settle(self, outcome: Outcome) -> None:
         """Replace the reservation by what was really used."""
         ...

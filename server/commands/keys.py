@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import getpass
 import json
+import os
 import re
 import sys
 from datetime import UTC, datetime
@@ -84,13 +85,13 @@ def run(args: argparse.Namespace) -> int:
         print(f"The secrets are in {keys_dir}; keep a copy where the keys' backup is.")
         return 0
     if args.act == "rotate-pepper":
-        open_recorder(args.state)("admin:settings:changed", by=getpass.getuser(), setting="pepper")
+        open_recorder(args.state)("admin:settings:changed", by=_operator(), setting="pepper")
         print(f"New keys are stored under pepper {rotate_pepper(keys_dir / 'pepper')} from the next start on.")
         return 0
     pepper = load_pepper(keys_dir / "pepper")
     store = Store.open(args.store or f"sqlite:///{args.state / 'store.db'}")
     try:
-        admin = KeyAdmin(store, pepper, record=open_recorder(args.state), by=f"cli:{getpass.getuser()}")
+        admin = KeyAdmin(store, pepper, record=open_recorder(args.state), by=_operator())
         return _act(args, admin, store.clock())
     finally:
         store.close()
@@ -104,6 +105,14 @@ def open_recorder(state: Path) -> Record:
         client.append(new_entry(event, **fields))
 
     return record
+
+
+def _operator() -> str:
+    """Return who runs the command; a container's user may have no name."""
+    try:
+        return f"cli:{getpass.getuser()}"
+    except (KeyError, OSError):
+        return f"cli:uid{os.getuid()}"
 
 
 def _act(args: argparse.Namespace, admin: KeyAdmin, now_s: float) -> int:

@@ -8,22 +8,24 @@ import math
 import threading
 import time
 from collections import deque
+from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Protocol, Self
 
 from server.errors import RateLimitedError, UnavailableError
 from server.policy.rate import DAY_S, Grant, Shortage
 from server.store.usage import HOUR_S, Spent, UsageKey, add_usage, list_usage
+from server.types import Usage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
     from types import TracebackType
 
     from server.policy.fairness import Fairness
     from server.policy.limit_file import LimitBook
     from server.policy.rate import Account
     from server.store.database import Store
-    from server.types import ModelRequest, Outcome, Principal
+    from server.types import Delta, ModelRequest, Outcome, Principal
 
 # The SDKs wait as long as Retry-After says up to two minutes; beyond that, trying again is of no use.
 MAX_RETRY_S = 120
@@ -203,12 +205,13 @@ class LimitedUse:
         self._accounts: dict[tuple[Principal, str], tuple[Account, ...]] = {}
 
     def reserve(self, principal: Principal, request: ModelRequest, *, prompt_tokens: int, max_tokens: int) -> Held:
-        """Hold what the request may cost; on exit what was not settled is given back.
+        """Hold what the request may cost; on exit what the engine did not compute is given back.
 
         Raises:
             RateLimitedError: On entering: a limit or a budget is spent, or the engine stays full.
         """
-        return Held(self, principal, request.model, prompt_tokens, max_tokens)
+        num_choices = request.sampling.get("n") or 1
+        return Held(self, principal, request.model, prompt_tokens, max_tokens * int(num_choices))
 
     def accounts(self, principal: Principal, model: str) -> tuple[Account, ...]:
         """Return the accounts that a request counts against, remembered by principal."""
@@ -247,11 +250,14 @@ class Held:
     __slots__ = (
         "_completion_tokens",
         "_grant",
+        "_has_begun",
         "_is_settled",
         "_limits",
         "_model",
+        "_num_seen",
         "_principal",
         "_prompt_tokens",
+        "_seen",
         "headers",
     )
 
@@ -265,6 +271,9 @@ class Held:
         self._completion_tokens = completion_tokens
         self._grant: Grant | None = None
         self._is_settled = False
+        self._has_begun = False
+        self._num_seen = 0
+        self._seen: Usage | None = None
         self.headers: dict[str, str] = {}
 
     async def __aenter__(self) -> Self:
@@ -294,18 +303,45 @@ class Held:
         if grant is None:
             return
         if not self._is_settled:
-            limits.ledger.settle(grant, 0, 0)
+            self._charge_seen()
         engine = limits.engines.get(self._model)
         if engine is not None:
             engine.release(self._principal.tenant)
         limits.wake(grant.accounts)
 
+    async def watch(self, deltas: AsyncGenerator[list[Delta], None]) -> AsyncGenerator[list[Delta], None]:
+        """Yield what the engine says and count it.
+
+        A caller who leaves before the end, and an answer that the guard blocks, have cost what they have cost.
+        """
+        self._has_begun = True
+        try:
+            async with aclosing(deltas):
+                async for batch in deltas:
+                    self._num_seen += len(batch)  # the engine says a token at a time
+                    last = batch[-1] if batch else None
+                    if last is not None and last.usage is not None:
+                        self._seen = last.usage
+                    yield batch
+        except UnavailableError:
+            self._has_begun = self._num_seen > 0  # an engine that did not answer computed nothing
+            raise
+
     def settle(self, outcome: Outcome) -> None:
         """Replace the reservation by what was really used, once."""
+        self._settle(outcome.usage)
+
+    def _charge_seen(self) -> None:
+        if self._has_begun:
+            self._settle(self._seen or Usage(self._prompt_tokens, self._num_seen))
+        elif self._grant is not None:
+            self._limits.ledger.settle(self._grant, 0, 0)
+
+    def _settle(self, usage: Usage) -> None:
         if self._is_settled or self._grant is None:
             return
         self._is_settled = True
-        limits, usage = self._limits, outcome.usage
+        limits = self._limits
         cost = limits.book.price(self._model).cost_micros(usage.prompt_tokens, usage.completion_tokens)
         limits.ledger.settle(self._grant, usage.prompt_tokens + usage.completion_tokens, cost)
         limits.usage.add(self._principal, self._model, usage.prompt_tokens, usage.completion_tokens, cost)

@@ -10,7 +10,9 @@ import openai
 import pytest
 import yaml
 
-from benchmarks.gateway.kit import MODEL, make_kit
+from benchmarks.gateway.kit import MODEL, make_kit, wait_until
+from server.store.database import Store
+from server.store.usage import list_usage
 
 BODY = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 16}
 
@@ -165,3 +167,32 @@ async def test_a_flood_of_one_tenant_leaves_anothers_first_token_within_twice_id
         await asyncio.gather(*pressing, return_exceptions=True)
     assert served > 12, "the flood itself is served"
     assert statistics.median(under) <= 2 * statistics.median(idle), (idle, under)
+
+
+async def test_a_caller_who_leaves_early_pays_for_what_was_computed(kit):
+    """LLM10: leaving before the last event is no way around a budget."""
+    key = new_key(kit, "leaver")
+    kit.control(num_tokens=60, delay_ms=10, separate=True)
+    headers = {"authorization": f"Bearer {key}"}
+    async with httpx.AsyncClient(base_url=kit.base, timeout=30) as client:
+        for _ in range(2):
+            body = BODY | {"stream": True, "max_tokens": 64}
+            async with client.stream("POST", "/v1/chat/completions", headers=headers, json=body) as answer:
+                num_lines = 0
+                async for _line in answer.aiter_lines():
+                    num_lines += 1
+                    if num_lines > 20:
+                        break
+    await asyncio.sleep(0)
+
+    def spent():
+        store = Store.open(kit.settings.store_url)
+        try:
+            with store.read() as connection:
+                rows = list_usage(connection, from_hour=0, to_hour=10**7, tenant="leaver")
+        finally:
+            store.close()
+        return [(used.requests, used.completion_tokens) for _key, used in rows]
+
+    await asyncio.to_thread(wait_until, lambda: [requests for requests, _tokens in spent()] == [2], limit_s=20)
+    assert 10 <= spent()[0][1] < 120

@@ -386,3 +386,29 @@ def test_a_login_without_a_provider_is_one_clear_line(tmp_path, capsys):
     err = capsys.readouterr().err
     assert "chmod 600" in err
     assert "damaged" in err
+
+
+def test_a_gateway_serves_tokens_of_the_provider_and_refuses_forged_ones(provider, first_key, make_gateway):
+    kit = make_gateway(
+        oidc={
+            "issuer": provider.issuer,
+            "audience": AUDIENCE,
+            "scope_map": {"strongroom.use": ["model:*"]},
+        }
+    )
+    kit.start()
+
+    def chat(token):
+        return httpx.post(
+            kit.base + "/v1/chat/completions", headers={"authorization": f"Bearer {token}"}, timeout=30,
+            json={"model": "default", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8},
+        )  # fmt: skip
+
+    answer = chat(provider.robot_token())
+    assert answer.status_code == 200, answer.text
+    accepted = next(entry for entry in kit.entries() if entry.get("request_id") == answer.headers["x-request-id"])
+    assert "robot" in str(accepted)
+    assert chat(provider.robot_token("strongroom.admin")).status_code == 403
+    assert chat(forge(provider, new_jwk("first")[0])).status_code == 401
+    assert chat(forge(provider, first_key[0], scope="strongroom.use", groups=["visitors"])).status_code == 403
+    assert chat(forge(provider, first_key[0], scope="strongroom.use", groups=["developers"])).status_code == 200

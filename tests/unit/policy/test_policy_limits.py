@@ -1,17 +1,19 @@
 """Limits: windows, budgets, waiting, fairness, usage."""
 
 import asyncio
+import dataclasses
 import math
+from contextlib import aclosing
 
 import pytest
 
-from server.errors import ConfigError, RateLimitedError
+from server.errors import ConfigError, RateLimitedError, UnavailableError
 from server.policy.budget import LimitedUse, UsageBook, sum_used
 from server.policy.fairness import Fairness
 from server.policy.limit_file import load_limits, parse_limits
 from server.policy.rate import MemoryLedger, Window
 from server.store.database import Store
-from server.types import Chat, ModelRequest, Outcome, Principal, SubjectId, TenantId, Usage, WireFormat
+from server.types import Chat, Delta, ModelRequest, Outcome, Principal, SubjectId, TenantId, Usage, WireFormat
 
 NOON_S = 1_800_000_000.0 // 86400 * 86400 + 43200
 
@@ -64,8 +66,6 @@ async def test_usage_that_cannot_be_written_is_kept(tmp_path):
     await world.spend(used=20)
     with store.write() as connection:
         connection.exec_driver_sql("ALTER TABLE usage RENAME TO away")
-    from server.errors import UnavailableError
-
     with pytest.raises(UnavailableError):
         world.usage.flush(store)
     await world.spend(used=1)
@@ -188,3 +188,57 @@ def test_the_default_limits_file_is_good(tmp_path):
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(ConfigError):
         load_limits(tmp_path / "bad.yaml")
+
+
+async def engine_says(*batches, error=None):
+    for batch in batches:
+        yield batch
+    if error is not None:
+        raise error
+
+
+def token():
+    return Delta(text="x")
+
+
+async def take_and_leave(world, deltas, num_batches):
+    """One request whose caller leaves, or whose answer is blocked, after so many batches."""
+    async with world.reserve(prompt=10, most=50) as held, aclosing(held.watch(deltas)) as seen:
+        for _ in range(num_batches):
+            await anext(seen)
+        raise ConnectionError("gone")
+
+
+@pytest.mark.parametrize(
+    ("batches", "num_taken", "charged"),
+    [
+        ([[token()], [token(), token()], [token()]], 2, 13),
+        ([[token()], [Delta(finish_reason="stop", usage=Usage(9, 7))]], 2, 16),
+        ([[token()]], 0, 0),
+    ],
+)
+async def test_an_answer_that_is_never_settled_is_charged_for_what_was_computed(batches, num_taken, charged):
+    world = World({"per": "key", "tokens_per_day": 1000, "concurrent": 1})
+    with pytest.raises(ConnectionError):
+        await take_and_leave(world, engine_says(*batches), num_taken)
+    account = world.ledger.account("key", "k1")
+    assert account is not None
+    assert account.tokens_day == charged
+    assert account.running == 0
+
+
+async def test_an_engine_that_did_not_answer_costs_nothing():
+    world = World({"per": "key", "tokens_per_day": 1000})
+    with pytest.raises(UnavailableError):
+        await take_and_leave(world, engine_says(error=UnavailableError("down")), 1)
+    account = world.ledger.account("key", "k1")
+    assert account is not None
+    assert account.tokens_day == 0
+
+
+async def test_every_choice_is_held():
+    world = World({"per": "key", "tokens_per_day": 100})
+    many = dataclasses.replace(REQUEST, sampling={"n": 4})
+    with pytest.raises(RateLimitedError):
+        async with world.limits.reserve(new_principal(), many, prompt_tokens=10, max_tokens=30):
+            pytest.fail("it holds 130")
