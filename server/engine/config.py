@@ -148,6 +148,8 @@ class EngineConfig:
         reasoning_parser: vLLM's parser for the thoughts of this model, or None.
         adapters: LoRA adapters by name, each a folder.
         manifest_sha256: Digest of the manifest that was verified; the loader opens no other.
+        device_open: Where a ChaCha20-Poly1305 model is opened: `auto` takes a CUDA device, `off` the CPU, `interpret`
+            tries the device's kernels on the CPU (slow).
         ban_control_tokens: Never let the model say a control token other than those that end an answer.
         keep_control_tokens: Texts of control tokens that it may say all the same (a tool parser's markers).
         extra_args: Further options of vLLM, from an allow-list.
@@ -172,6 +174,7 @@ class EngineConfig:
     reasoning_parser: str | None = None
     adapters: Mapping[str, Path] = field(default_factory=dict)
     manifest_sha256: str | None = None
+    device_open: Literal["auto", "interpret", "off"] = "auto"
     ban_control_tokens: bool = False
     keep_control_tokens: tuple[str, ...] = ()
     extra_args: Mapping[str, str | None] = field(default_factory=dict)
@@ -192,6 +195,8 @@ class EngineConfig:
             raise ConfigError(f"{where}: load_format '{self.load_format}' is refused; expected one of {LOAD_FORMATS}.")
         if self.max_model_len < 1 or (self.kv_cache_gb is not None and self.kv_cache_gb < 1) or self.ngram_tokens < 0:
             raise ConfigError(f"{where}: max_model_len, kv_cache_gb must be at least 1, ngram_tokens at least 0.")
+        if self.device_open not in ("auto", "interpret", "off"):
+            raise ConfigError(f"{where}: device_open '{self.device_open}' is not one of auto, interpret, off.")
         if self.ban_control_tokens and self.ngram_tokens:
             # vLLM leaves every logits processor of ours out, without a word, where it speculates.
             raise ConfigError(
@@ -217,8 +222,10 @@ def build_engine_argv(config: EngineConfig, socket_path: Path, *, python: str = 
     args = ["--model", str(config.path), "--served-model-name", config.model_id, "--uds", str(socket_path)]
     args += ["--load-format", config.load_format, "--dtype", config.dtype]
     if config.manifest_sha256 is not None:
-        pinned = orjson.dumps({"manifest_sha256": config.manifest_sha256}).decode()
-        args += ["--model-loader-extra-config", pinned]
+        pinned = {"manifest_sha256": config.manifest_sha256}
+        if config.device_open != "auto":
+            pinned["device_open"] = config.device_open
+        args += ["--model-loader-extra-config", orjson.dumps(pinned).decode()]
     args += ["--max-model-len", str(config.max_model_len)]
     args += ["--disable-fastapi-docs", "--disable-uvicorn-access-log", "--enable-prompt-tokens-details"]
     # Sampling defaults are the gateway's to set; a file in the model folder must not change what was asked for.

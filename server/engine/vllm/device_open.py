@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import secrets
 from concurrent.futures import Future, ThreadPoolExecutor
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from server.errors import StartError
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
 # Two of these in pinned memory and one on the device: enough to keep link and kernels busy, small beside any model.
 BATCH_BYTES: Final = 64 << 20
+_CHECK_CHUNK_BYTES: Final = 64 << 10
 
 
 class Mode(StrEnum):
@@ -62,6 +65,39 @@ class DeviceOpener:
         self._kernels = kernels
         self._device_type = device_type
         self._batch_bytes = batch_bytes
+        self._is_checked = False
+
+    def check(self, device: torch.device) -> None:
+        """Open what another implementation sealed, then a forgery of it, before any weight is trusted to this device.
+
+        A tag that verifies says nothing of the bytes that a faulty kernel or driver writes after it.
+
+        Raises:
+            StartError: The kernels are wrong on this device.
+        """
+        key, chunk = secrets.token_bytes(32), _CHECK_CHUNK_BYTES
+        plain = secrets.token_bytes(2 * chunk + _CHECK_CHUNK_BYTES // 2 + 5)
+        nonces = [secrets.token_bytes(12) for _ in range(3)]
+        aads = [secrets.token_bytes(size) for size in (0, 105, 16)]
+        pieces = [plain[at : at + chunk] for at in range(0, len(plain), chunk)]
+        aead = ChaCha20Poly1305(key)
+        sealed = [aead.encrypt(n, piece, aad) for n, piece, aad in zip(nonces, pieces, aads, strict=True)]
+        text = torch.frombuffer(bytearray(b"".join(s[:-16] for s in sealed)), dtype=torch.uint8).to(device)
+        tags, out = [s[-16:] for s in sealed], torch.zeros(len(plain), dtype=torch.uint8, device=device)
+        options: dict[str, Any] = {"key": key, "nonces": nonces, "aads": aads, "chunk_bytes": chunk}
+        try:
+            self._kernels.open_into(text, tags, out=out, **options)
+            is_right = out.cpu().numpy().tobytes() == plain
+        except self._kernels.TagMismatchError:
+            is_right = False
+        text[-1] ^= 1
+        try:
+            self._kernels.open_into(text, tags, out=torch.empty_like(out), **options)
+            is_right = False
+        except self._kernels.TagMismatchError:
+            pass
+        if not is_right:
+            raise StartError(f"The kernels that open models are wrong on {device}. Set device_open to 'off'.")
 
     def serves(self, reader: ShardReader, device: torch.device) -> bool:
         """Whether tensors of this shard are opened on `device` by a kernel."""
@@ -74,7 +110,11 @@ class DeviceOpener:
 
         Raises:
             SealError: A chunk fails; all of `destination` is zeroed. Kind `payload`.
+            StartError: The kernels are wrong on this device.
         """
+        if not self._is_checked:
+            self.check(destination.device)
+            self._is_checked = True
         size = reader.chunk_bytes
         end = offset + destination.numel()
         if not 0 <= offset <= end <= reader.tensor_bytes(name):

@@ -190,7 +190,7 @@ def test_odd_sizes_open_alone(num_bytes):
 
 
 def test_the_launch_shape_of_a_device_opens_many_segments():
-    sealed = seal(16384 * 4 + 4099, chunk_bytes=65536, aad_sizes=(200, 0))
+    sealed = seal(32768 + 16384 + 4099, chunk_bytes=49152, aad_sizes=(200, 0))
     assert open_sealed(sealed, DEVICE_OPEN_PLAN) == sealed.plaintext
 
 

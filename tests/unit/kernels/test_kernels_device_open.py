@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from server.engine.config import EngineConfig, build_engine_argv
 from server.engine.vllm.device_open import DeviceOpener, Mode, new_opener
 from server.engine.vllm.lazy import DTYPES, SealedTensor
-from server.errors import SealError, StartError
+from server.errors import ConfigError, SealError, StartError
 from server.sealed.agent import KeyAgent
 from server.sealed.format import Suite
 from server.sealed.shard import ShardReader
@@ -45,11 +46,11 @@ def readers(workshop: Workshop, path: Path) -> Iterator[list[ShardReader]]:
 def load(workshop: Workshop, suite: Suite, mode: Mode) -> dict[str, bytes]:
     """Load as the engine's loader does: every parameter is filled by `copy_` from a sealed tensor."""
     path = workshop.seal(f"{suite}-{mode}", suite=suite)
-    loaded = {}
+    loaded, opener = {}, new_opener(mode)
     with readers(workshop, path) as opened:
         for reader in opened:
             for entry in reader.index.entries:
-                sealed = SealedTensor(reader, entry.name, 0, entry.shape, DTYPES[entry.dtype], new_opener(mode))
+                sealed = SealedTensor(reader, entry.name, 0, entry.shape, DTYPES[entry.dtype], opener)
                 parameter = torch.nn.Parameter(torch.zeros(entry.shape, dtype=sealed.dtype), requires_grad=False)
                 parameter.data.copy_(sealed)
                 loaded[entry.name] = parameter.data.reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -70,7 +71,16 @@ def test_both_suites_with_and_without_the_kernel_load_the_same_bytes(workshop, m
     assert load(workshop, Suite.AES_256_GCM, Mode.INTERPRET) == first
     assert not opened
     assert load(workshop, Suite.CHACHA20_POLY1305, Mode.INTERPRET) == first
+    checks, opened = opened[:2], opened[2:]
+    assert checks[0] == checks[1]
     assert sum(opened) == sum(map(len, first.values())) > 0
+
+
+def checked_opener(batch_bytes: int) -> DeviceOpener:
+    """An opener that has looked at its device already, since each look takes the interpreter seconds."""
+    opener = DeviceOpener(kernels, "cpu", batch_bytes=batch_bytes)
+    opener._is_checked = True
+    return opener
 
 
 @pytest.fixture
@@ -78,8 +88,7 @@ def sealed(workshop: Workshop) -> Iterator[SealedTensor]:
     """A tensor of two whole chunks and a part, two chunks a batch."""
     path = workshop.seal(suite=Suite.CHACHA20_POLY1305)
     with readers(workshop, path) as opened:
-        opener = DeviceOpener(kernels, "cpu", batch_bytes=2 * CHUNK_BYTES)
-        yield SealedTensor(opened[0], "embed", 0, (300, 256), torch.bfloat16, opener)
+        yield SealedTensor(opened[0], "embed", 0, (300, 256), torch.bfloat16, checked_opener(2 * CHUNK_BYTES))
 
 
 @pytest.fixture
@@ -140,7 +149,7 @@ def test_a_forged_chunk_is_refused_by_number_and_leaves_nothing(workshop, chunk)
         data = bytearray(file.read_bytes())
         data[pieces.file_offset + 100] ^= 1
         file.write_bytes(data)
-        opener = DeviceOpener(kernels, "cpu", batch_bytes=2 * CHUNK_BYTES)
+        opener = checked_opener(2 * CHUNK_BYTES)
         target = torch.ones(300, 256, dtype=torch.bfloat16)
         with pytest.raises(SealError) as caught:
             target.copy_(SealedTensor(opened[0], "embed", 0, (300, 256), torch.bfloat16, opener))
@@ -154,7 +163,7 @@ def test_a_cut_file_is_refused(workshop):
     file = next(path.glob("model-00001-*.sealed"))
     with readers(workshop, path) as opened:
         file.write_bytes(file.read_bytes()[:70_000])
-        opener = DeviceOpener(kernels, "cpu")
+        opener = checked_opener(2 * CHUNK_BYTES)
         target = torch.ones(300, 256, dtype=torch.bfloat16)
         with pytest.raises(SealError, match="refused") as caught:
             target.copy_(SealedTensor(opened[0], "embed", 0, (300, 256), torch.bfloat16, opener))
@@ -183,3 +192,59 @@ def test_without_a_device_auto_and_off_leave_it_to_the_cpu():
 def test_an_unknown_mode_stops_the_start():
     with pytest.raises(StartError, match="auto, interpret, off"):
         new_opener("gpu")
+
+
+class WrongCipher:
+    """Kernels whose tags verify and whose plaintext is wrong in one bit."""
+
+    TagMismatchError = kernels.TagMismatchError
+
+    def open_into(self, *args, out, **kwargs):
+        kernels.open_into(*args, out=out, **kwargs)
+        out[-1] ^= 1
+
+
+class WrongMac:
+    """Kernels that take every tag."""
+
+    TagMismatchError = kernels.TagMismatchError
+
+    def open_into(self, text, tags, *, out, **kwargs):
+        try:
+            kernels.open_into(text, tags, out=out, **kwargs)
+        except kernels.TagMismatchError:
+            return
+
+
+@pytest.mark.parametrize("faulty", [WrongCipher(), WrongMac()])
+def test_a_device_that_computes_wrongly_opens_nothing(workshop, faulty):
+    with readers(workshop, workshop.seal(suite=Suite.CHACHA20_POLY1305)) as opened:
+        target = torch.zeros(256, dtype=torch.bfloat16)
+        with pytest.raises(StartError, match="wrong on cpu"):
+            target.copy_(SealedTensor(opened[0], "norm", 0, (256,), torch.bfloat16, DeviceOpener(faulty, "cpu")))
+    assert not target.any()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_the_loader_takes_the_mode_from_its_configuration():
+    from vllm.config.load import LoadConfig
+
+    from server.engine.vllm.loader import StrongroomLoader
+
+    def loader(mode):
+        extra = {"manifest_sha256": "0" * 64, "device_open": mode}
+        return StrongroomLoader(LoadConfig(load_format="strongroom", model_loader_extra_config=extra))
+
+    assert loader("off")._opener is None
+    assert isinstance(loader("interpret")._opener, DeviceOpener)
+    with pytest.raises(StartError, match="device_open is 'gpu'"):
+        loader("gpu")
+
+
+def test_the_engine_passes_the_mode_on(tmp_path):
+    config = EngineConfig("m", tmp_path, 100, manifest_sha256="ab", device_open="off")
+    argv = build_engine_argv(config, tmp_path / "e.sock")
+    told = argv[argv.index("--model-loader-extra-config") + 1]
+    assert told == '{"manifest_sha256":"ab","device_open":"off"}'
+    with pytest.raises(ConfigError, match="device_open"):
+        EngineConfig("m", tmp_path, 100, device_open="gpu")  # type: ignore[arg-type]

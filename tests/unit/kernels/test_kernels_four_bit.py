@@ -104,8 +104,8 @@ def test_bias_and_activation_are_fused(num_tokens, activation, with_bias):
 
 @pytest.mark.parametrize("plan", [launch.DEVICE_GEMV_PLAN, launch.DEVICE_GATED_GEMV_PLAN, GemvPlan(rows=1, words=8)])
 def test_any_launch_shape_gives_the_same(plan):
-    weight = nf4_weight(21, 704)
-    x = torch.randn(2, 704, generator=torch.Generator().manual_seed(0))
+    weight = nf4_weight(9, 320)
+    x = torch.randn(2, 320, generator=torch.Generator().manual_seed(0))
     expected = reference.multiply(x, weight)
     assert_close(four_bit.multiply(x, weight, plan=plan), expected, expected.abs().max().item() * 16)
 
