@@ -42,6 +42,7 @@ from server.registry.source import open_model
 from server.store.database import Store
 from server.store.incidents import Quarantine
 from server.store.watch import StoreWatch
+from server.template.chat_template import load_source
 from server.template.follow import follow_templates
 from server.template.prompt import PromptBuilder
 from server.template.registry import TemplateRegistry
@@ -239,7 +240,15 @@ def _serve_model(
     model: ModelSettings, settings: Settings, store: Store, templates: TemplateRegistry, salt: CacheSalt
 ) -> tuple[ServedModel, EngineClient]:
     source = open_model(model, settings.seal, floor=store.get_floor(model.id))
-    builder = PromptBuilder(templates, source.files, embeds=model.engine.runner == "pooling")
+    builder = PromptBuilder(
+        templates,
+        source.files,
+        chat_template=load_source(model.chat_template) if model.chat_template else None,
+        variables=settings.templates.variables,
+        accept_shared_turn=model.accept_shared_turn,
+        fim_family=model.fim,
+        embeds=model.engine.runner == "pooling",
+    )
     max_model_len = model.engine.max_model_len or source.max_model_len
     if model.engine.kind == "remote":
         address = url_address(model.engine.url or "", ca_file=model.engine.ca)

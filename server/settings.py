@@ -106,6 +106,8 @@ class ModelSettings(_Section):
     classification: str = "internal"
     licence: str = "unknown"
     fim: str | None = None
+    chat_template: Path | None = None
+    accept_shared_turn: bool = False
     engine: EngineSettings = EngineSettings()
 
 
@@ -130,6 +132,7 @@ class TemplateSettings(_Section):
     directory: Path = Path("templates")
     require_signature: bool = False
     signer: Path | None = None
+    variables: dict[str, bool | int | str] = Field(default_factory=dict)
 
 
 class GuardSettings(_Section):

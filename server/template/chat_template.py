@@ -16,6 +16,7 @@ from server.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from pathlib import Path
 
     from jinja2.parser import Parser
 
@@ -79,6 +80,18 @@ class ChatTemplate:
                 param="messages",
                 code="conversation_refused",
             ) from err
+
+
+def load_source(path: Path) -> str:
+    """Return a chat template that the operator gives in place of the model's own.
+
+    Raises:
+        ConfigError: The file can't be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as err:
+        raise ConfigError(f"The chat template {path} can't be read. Mend the model's chat_template setting.") from err
 
 
 class _RefusalError(TemplateError):

@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from server.errors import ConfigError
+
 if TYPE_CHECKING:
     from collections.abc import Collection
 
@@ -78,6 +80,25 @@ def find_family(tokens: Collection[str]) -> FimFamily | None:
         if family.context and all(marker in tokens for marker in family.context):
             return family
     return fitting[0] if fitting else None
+
+
+def choose_family(name: str | None, tokens: Collection[str]) -> FimFamily | None:
+    """Return the family of this name, or what the vocabulary says where there is no name; `none` is no family.
+
+    Raises:
+        ConfigError: No such family, or the vocabulary lacks its markers.
+    """
+    if name is None:
+        return find_family(tokens)
+    if name == "none":
+        return None
+    for family in FAMILIES:
+        if family.name == name:
+            if missing := [marker for marker in family.markers if marker not in tokens]:
+                raise ConfigError(f"The model's vocabulary lacks {missing[0]!r}, so its FIM family is not {name!r}.")
+            return family
+    known = ", ".join(family.name for family in FAMILIES)
+    raise ConfigError(f"There is no FIM family {name!r}. Known: {known}, none.")
 
 
 def parse_raw(prompt: str, family: FimFamily) -> FimPrompt | None:

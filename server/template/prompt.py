@@ -46,6 +46,7 @@ class PromptBuilder:
         chat_template: Serves instead of the model's own, for models whose own has no system turn.
         variables: The deployment's values for template variables.
         accept_shared_turn: See `ChatRenderer`.
+        fim_family: Name of the fill-in-the-middle family; told from the vocabulary where None.
         embeds: The model gives embeddings; it needs no chat template.
 
     Raises:
@@ -60,6 +61,7 @@ class PromptBuilder:
         chat_template: str | None = None,
         variables: Mapping[str, Any] | None = None,
         accept_shared_turn: bool = False,
+        fim_family: str | None = None,
         embeds: bool = False,
     ) -> None:
         if "tokenizer.json" not in files:
@@ -70,12 +72,13 @@ class PromptBuilder:
         source = chat_template if chat_template is not None else _find_chat_template(files, config)
         self._registry = registry
         self._variables = dict(variables or {})
+        registry.verify_values(self._variables)
         self.chat: ChatRenderer | None = None
         template = ChatTemplate(source, named_tokens(config)) if source else None
         self.vocabulary = Vocabulary(
             files["tokenizer.json"], config, template_text=(template.source if template else "") + "".join(fim.MARKERS)
         )
-        self.family = fim.find_family(self.vocabulary.controls)
+        self.family = fim.choose_family(fim_family, self.vocabulary.controls)
         if template is not None:
             self.chat = ChatRenderer(self.vocabulary, template, accept_shared_turn=accept_shared_turn)
         elif self.family is None and not embeds:

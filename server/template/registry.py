@@ -266,6 +266,27 @@ class TemplateRegistry:
         ]
         return self._compose(chosen, variables or {})
 
+    def verify_values(self, variables: Mapping[str, Any]) -> None:
+        """Check the deployment's own values of variables, once, at start.
+
+        Raises:
+            ConfigError: A variable that no template has, or a value outside its schema.
+        """
+        try:
+            self._verify_names(variables)
+            for versions in self.templates.values():
+                for template in versions.values():
+                    _check_variables(template, {k: v for k, v in variables.items() if k in template.variables})
+        except RequestError as err:
+            raise ConfigError(f"The templates' variables in the settings are wrong: {err}") from err
+
+    def _verify_names(self, variables: Mapping[str, Any]) -> None:
+        known = {name for versions in self.templates.values() for t in versions.values() for name in t.variables}
+        if unknown := sorted(set(variables) - known):
+            raise RequestError(
+                f"Unknown template variable {unknown[0]!r}. Known: {', '.join(sorted(known)) or 'none'}."
+            )
+
     def _choose(self, name: str, subject: str) -> Template:
         versions = self.templates.get(name)
         if not versions:
@@ -276,14 +297,12 @@ class TemplateRegistry:
 
     def _compose(self, chosen: list[Template], variables: Mapping[str, Any]) -> ComposedTemplate:
         chosen = sorted(chosen, key=lambda t: SCOPES.index(t.scope))
-        key = (tuple((t.id, t.version) for t in chosen), tuple(sorted(variables.items())))
+        used = {name: value for name, value in variables.items() if any(name in t.variables for t in chosen)}
+        if len(used) != len(variables):
+            self._verify_names(variables)
+        key = (tuple((t.id, t.version) for t in chosen), tuple(sorted(used.items())))
         composed = self._composed.get(key)
         if composed is None:
-            known = {name for t in chosen for name in t.variables}
-            if unknown := sorted(set(variables) - known):
-                raise RequestError(
-                    f"Unknown template variable {unknown[0]!r}. Known: {', '.join(sorted(known)) or 'none'}."
-                )
             texts = [t.render({k: v for k, v in variables.items() if k in t.variables}) for t in chosen]
             text = "\n\n".join(texts)
             composed = ComposedTemplate(

@@ -272,6 +272,8 @@ def _load(tokenizer_json: bytes, config: Mapping[str, Any]) -> tuple[dict[str, A
     try:
         data: dict[str, Any] = json.loads(tokenizer_json)
         entries = list(data.get("added_tokens") or [])
+        if not isinstance(data["model"], dict):
+            raise TypeError("model")
         known = {entry["content"] for entry in entries}
         for number, entry in (config.get("added_tokens_decoder") or {}).items():
             if entry["content"] not in known:

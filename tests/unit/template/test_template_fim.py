@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from server.errors import ConfigError
 from server.template import fim
 from server.template.prompt import PromptBuilder
 from server.types import Completion, ModelRequest, Obligations, Principal, Prompt, SubjectId, TenantId, WireFormat
@@ -146,6 +147,18 @@ def test_template_as_text_is_whole_in_comments(registry: TemplateRegistry):
     prompt = render(builder, Completion("x = ", "\n"), "template-as-text")
     for line in registry.compose(["secure-coding"]).text.splitlines():
         assert line in prompt.text
+
+
+def test_family_by_name():
+    qwen = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
+    assert fim.choose_family("none", qwen) is None
+    chosen = fim.choose_family("codegemma", qwen)
+    assert chosen is not None
+    assert chosen.name == "codegemma"
+    with pytest.raises(ConfigError, match="lacks"):
+        fim.choose_family("starcoder", qwen)
+    with pytest.raises(ConfigError, match="no FIM family 'x'"):
+        fim.choose_family("x", qwen)
 
 
 def test_families_that_share_markers_are_told_apart():

@@ -158,6 +158,17 @@ def test_variable_outside_its_schema_is_refused(tmp_path: Path, given: dict[str,
         room.TemplateRegistry.load(tmp_path, lock(tmp_path)).compose(["base"], given)
 
 
+def test_values_of_the_deployment_serve_every_composition(tmp_path: Path):
+    write(tmp_path, more=VARIABLES)
+    write(tmp_path, "other")
+    loaded = room.TemplateRegistry.load(tmp_path, lock(tmp_path))
+    loaded.verify_values({"language": "rust"})
+    assert loaded.compose(["other"], {"language": "rust"}).ref == loaded.compose(["other"]).ref
+    for wrong in ({"language": "perl"}, {"nothing": 1}):
+        with pytest.raises(ConfigError, match="variables in the settings are wrong"):
+            loaded.verify_values(wrong)
+
+
 def test_variable_with_two_meanings_is_refused(tmp_path: Path):
     write(tmp_path, more="variables:\n  kind: {type: string, default: a}\n")
     write(tmp_path, "other", more="variables:\n  kind: {type: integer, default: 1}\n")
