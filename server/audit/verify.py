@@ -270,8 +270,9 @@ class Verifier:
         for attempt in range(_MAX_ATTEMPTS):
             try:
                 self._check_ends()
-            except (VerificationError, FileNotFoundError):
-                if attempt + 1 == _MAX_ATTEMPTS or not self._use_journal or not self._read_on():
+            except (VerificationError, FileNotFoundError) as err:
+                moved_on = isinstance(err, FileNotFoundError) and self._is_live()
+                if attempt + 1 == _MAX_ATTEMPTS or not self._use_journal or not (self._read_on() or moved_on):
                     raise
             else:
                 return
@@ -418,17 +419,15 @@ class Verifier:
                 f"{tile_path(level, index)} holds more than the log.", index=min(self._tree.size, index * span)
             )
         folder = path.with_name(path.name + ".p")
-        if folder.is_dir():
+        with suppress(FileNotFoundError):  # a live log drops the folder once its full tile is durable
             for partial in folder.iterdir():
                 if partial.name.startswith("."):
                     continue
                 found = int(partial.name) if partial.name.isdecimal() else 0
                 if not 1 <= found <= width:
-                    raise VerificationError(
-                        f"{partial.relative_to(self._directory)} does not belong.", index=self._good
-                    )
-                with suppress(FileNotFoundError):  # a live log drops it once its full tile is durable
-                    self._compare_file(partial, self._prefix(data, found, unit_bytes), level, index, unit_bytes)
+                    name = partial.relative_to(self._directory)
+                    raise VerificationError(f"{name} does not belong.", index=self._good)
+                self._compare_file(partial, self._prefix(data, found, unit_bytes), level, index, unit_bytes)
         if not is_full and (need := (published >> (8 * (level or 0))) - index * TILE_WIDTH) > 0:
             partial = folder / str(need)
             self._compare_file(partial, self._prefix(data, need, unit_bytes), level, index, unit_bytes)
