@@ -8,7 +8,7 @@ from bisect import bisect_right
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from server.guard import languages, plain
+from server.guard import languages, licence, packages, plain
 from server.guard.flow import Flow
 from server.guard.rules import load_language
 from server.guard.tree import Tree, has_grammar
@@ -33,7 +33,7 @@ def find_insecure(source: str, language: str | None) -> list[Finding]:
     if name is None:
         return []
     text, lines = dedented(source)
-    findings = _found(text, name)
+    findings = [*_found(text, name), *licence.find_copies(text)]
     if lines:
         starts, shifts = lines
         findings = [
@@ -51,6 +51,7 @@ def warm() -> None:
     """Load all rules."""
     for name in languages.LANGUAGES:
         load_language(name)
+    licence.shipped()
 
 
 def dedented(source: str) -> tuple[str, tuple[list[int], list[int]] | None]:
@@ -77,7 +78,8 @@ def _found(source: str, name: str) -> list[Finding]:
         return []
     if not has_grammar(name):
         text = plain.PlainText(source, name)
-        return _patterns(rules, text.code, text.masked, text.statements, [], name)
+        found = _patterns(rules, text.code, text.masked, text.statements, [], name)
+        return [*found, *packages.find_unknown(source, text.code, name)]
     tree = Tree(source, name)
     if tree.is_broken:
         closers = unclosed(tree.masked)
@@ -95,6 +97,7 @@ def _found_in(tree: Tree, rules: Language, name: str) -> list[Finding]:
     spans = plain.blocks(tree.masked) if name == "terraform" else _lines(tree.code)
     findings = _patterns(rules, tree.code, tree.masked, spans, functions, name)
     findings += [_finding(rule, node.start, node.end, name) for rule, node in reached]
+    findings += packages.find_unknown(tree.source, tree.code, name)
     file_facts: dict[int, bool] = {}
     for callee, node, arguments in flow.calls:
         findings += [
