@@ -29,7 +29,7 @@ from server.sealed.signature import LocalSigner, TrustedSigner
 
 PROMPT = "Write a Python function that parses an INI file and returns a dictionary."
 STDLIB = ("heapq", "bisect", "textwrap", "shlex", "fnmatch", "colorsys", "statistics", "csv")
-WINDOW_TOKENS, NUM_TOKENS = 512, 96
+WINDOW_TOKENS, MAX_WINDOWS, NUM_TOKENS = 512, 24, 96
 
 
 def seal_embedded(folder: Path, method: str) -> dict[str, Any]:
