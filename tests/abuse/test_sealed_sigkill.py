@@ -1,4 +1,4 @@
-"""Attack on durability: seal and rewrap die by SIGKILL at random moments; what is on disk loads whole or is refused."""
+"""Attack W2 by accident: seal and rewrap die by SIGKILL; what is on disk loads whole or is refused."""
 
 from __future__ import annotations
 

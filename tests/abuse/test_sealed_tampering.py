@@ -1,4 +1,4 @@
-"""Attack: whoever can write the model folder alters it. Each alteration is refused; file and chunk go to the log."""
+"""Attacks W2, W3: whoever can write the model folder alters it. Each is refused; file and chunk go to the log."""
 
 from __future__ import annotations
 
