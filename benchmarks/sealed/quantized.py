@@ -29,7 +29,7 @@ from server.sealed.signature import LocalSigner, TrustedSigner
 
 PROMPT = "Write a Python function that parses an INI file and returns a dictionary."
 STDLIB = ("heapq", "bisect", "textwrap", "shlex", "fnmatch", "colorsys", "statistics", "csv")
-WINDOW_TOKENS, NUM_TOKENS = 512, 96
+WINDOW_TOKENS, MAX_WINDOWS, NUM_TOKENS = 512, 24, 96
 
 
 def seal_embedded(folder: Path, method: str) -> dict[str, Any]:
@@ -95,9 +95,8 @@ def perplexity(llm: Any) -> float:
     tokenizer = llm.get_tokenizer()
     text = "".join(Path(__import__(name).__file__).read_text() for name in STDLIB)
     ids = tokenizer.encode(text)
-    prompts = [
-        {"prompt_token_ids": ids[i : i + WINDOW_TOKENS]} for i in range(0, len(ids) - WINDOW_TOKENS, WINDOW_TOKENS)
-    ]
+    starts = range(0, len(ids) - WINDOW_TOKENS, WINDOW_TOKENS)[:MAX_WINDOWS]
+    prompts = [{"prompt_token_ids": ids[start : start + WINDOW_TOKENS]} for start in starts]
     params = SamplingParams(max_tokens=1, prompt_logprobs=0)
     total, count = 0.0, 0
     for output in llm.generate(prompts, params, use_tqdm=False):

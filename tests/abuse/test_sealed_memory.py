@@ -1,4 +1,4 @@
-"""Promise 1 in the process: no core dump, no swap, constant memory while sealing, no plaintext in any written file."""
+"""Attack W4: plaintext in core dumps, swap or written files; and memory stays constant while sealing."""
 
 from __future__ import annotations
 

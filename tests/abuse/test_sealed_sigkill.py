@@ -1,4 +1,4 @@
-"""Attack on durability: seal and rewrap die by SIGKILL at random moments; what is on disk loads whole or is refused."""
+"""Attack W2 by accident: seal and rewrap die by SIGKILL; what is on disk loads whole or is refused."""
 
 from __future__ import annotations
 
@@ -36,6 +36,11 @@ started = time.monotonic()
 seal_model(source, out, model_id="tiny", version=1, services=[kms], signer=signer, chunk_bytes=1 << 16)
 print(time.monotonic() - started, flush=True)
 """
+QUANTIZE = SEAL.replace("seal_model(source,", "seal_model(quantize_source(load_source(source), 'w8a8'),").replace(
+    "import sys, time",
+    "import sys, time, compressed_tensors.quantization.lifecycle.forward\n"
+    "from server.sealed.quantize import quantize_source\nfrom server.sealed.source import load_source",
+)
 REWRAP = """
 import sys, time
 from pathlib import Path
@@ -92,24 +97,32 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     for part in range(2):
         write_safetensors(source / f"model-{part}.safetensors", f"w{part}", data)
     (source / "config.json").write_text("{}")
+    layers = workshop.folder / "layers"
+    layers.mkdir()
+    for part in range(2):
+        path = layers / f"model-{part}.safetensors"
+        write_safetensors(path, f"model.layers.{part}.mlp.up_proj.weight", data, columns=1024)
+    (layers / "config.json").write_text("{}")
     return workshop
 
 
-def write_safetensors(path: Path, name: str, data: bytes) -> None:
-    info = {"dtype": "BF16", "shape": [len(data) // 2], "data_offsets": [0, len(data)]}
+def write_safetensors(path: Path, name: str, data: bytes, *, columns: int | None = None) -> None:
+    num_elements = len(data) // 2
+    shape = [num_elements] if columns is None else [num_elements // columns, columns]
+    info = {"dtype": "BF16", "shape": shape, "data_offsets": [0, len(data)]}
     header = json.dumps({name: info}).encode()
     path.write_bytes(len(header).to_bytes(8, "little") + header + data)
 
 
-def seal_campaign(workshop: Workshop, rounds: int) -> int:
-    folder, source = workshop.folder, workshop.folder / "source"
+def seal_campaign(workshop: Workshop, rounds: int, *, program: str = SEAL, plain: str = "source") -> int:
+    folder, source = workshop.folder, workshop.folder / plain
     before = {p.name: p.read_bytes() for p in source.iterdir()}
-    whole_s = run_whole(SEAL, folder, source, folder / "whole")
+    whole_s = run_whole(program, folder, source, folder / "whole")
     expected = load(folder / "whole", workshop)
     generator = random.Random(SEED)  # noqa: S311 - seeded on purpose
     out, num_killed = folder / "killed", 0
     for _ in range(rounds):
-        num_killed += run_killed(SEAL, generator.uniform(0, whole_s * 1.1), folder, source, out)
+        num_killed += run_killed(program, generator.uniform(0, whole_s * 1.1), folder, source, out)
         if out.exists():
             assert load(out, workshop) == expected
             for path in out.iterdir():
@@ -122,7 +135,7 @@ def seal_campaign(workshop: Workshop, rounds: int) -> int:
                 assert load(hidden, workshop) == expected
             except SealError as err:
                 assert err.kind in ("header", "signature")  # noqa: PT017 - both outcomes are right
-    run_whole(SEAL, folder, source, out)
+    run_whole(program, folder, source, out)
     assert load(out, workshop) == expected
     assert not (folder / ".killed.sealing").exists()
     assert {p.name: p.read_bytes() for p in source.iterdir()} == before
@@ -167,6 +180,13 @@ def test_rewrap_killed_at_random_moments(workshop: Workshop) -> None:
 @pytest.mark.timeout(1800)
 def test_seal_killed_at_a_hundred_moments(workshop: Workshop) -> None:
     assert seal_campaign(workshop, 100) >= 50
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_quantize_killed_at_twenty_moments(workshop: Workshop) -> None:
+    """Fewer than for the others: each start imports torch. The writing is seal's own."""
+    assert seal_campaign(workshop, 20, program=QUANTIZE, plain="layers") >= 10
 
 
 @pytest.mark.slow

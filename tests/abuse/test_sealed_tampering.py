@@ -1,4 +1,4 @@
-"""Attack: whoever can write the model folder alters it. Each alteration is refused; file and chunk go to the log."""
+"""Attacks W2, W3: whoever can write the model folder alters it. Each is refused; file and chunk go to the log."""
 
 from __future__ import annotations
 
@@ -79,10 +79,10 @@ def target(workshop: Workshop, whole: Path, tmp_path: Path) -> Target:
     return Target(workshop, path, {p.name: p.read_bytes() for p in whole.iterdir()})
 
 
-def test_every_bit_of_every_shard_header(target: Target) -> None:
-    for name, bit in itertools.product((FIRST, SECOND), range(HEADER_BYTES * 8)):
-        target.flip(name, bit)
-        assert target.refused(naming=name).code == "model_refused"
+def test_every_bit_of_a_shard_header(target: Target) -> None:
+    for bit in range(HEADER_BYTES * 8):
+        target.flip(SECOND, bit)
+        assert target.refused(naming=SECOND).code == "model_refused"
 
 
 @pytest.mark.parametrize("name", ["core.json", "manifest.json", "model.sig", "recipients.json", "config.json"])
