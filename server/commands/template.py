@@ -13,7 +13,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from server.errors import ConfigError, RequestError
-from server.template import registry as room
+from server.template import lock as locking
+from server.template import source
+from server.template.registry import TemplateRegistry
 from server.template.rollout import Rollout, Stage, bucket
 
 if TYPE_CHECKING:
@@ -64,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace, lock_path: Path, rollout_path: Path) -> int:
-    loaded = room.TemplateRegistry.load(args.directory, lock_path, rollout_path=rollout_path)
+    loaded = TemplateRegistry.load(args.directory, lock_path, rollout_path=rollout_path)
     rows = [
         {
             "id": t.id,
@@ -88,7 +90,7 @@ def _list(args: argparse.Namespace, lock_path: Path, rollout_path: Path) -> int:
 
 
 def _show(args: argparse.Namespace, lock_path: Path, rollout_path: Path) -> int:
-    loaded = room.TemplateRegistry.load(args.directory, lock_path, rollout_path=rollout_path)
+    loaded = TemplateRegistry.load(args.directory, lock_path, rollout_path=rollout_path)
     template = _find(loaded, args.id, args.version)
     if args.json:
         data = {**dataclasses.asdict(template), "formats": sorted(template.formats)}
@@ -99,7 +101,7 @@ def _show(args: argparse.Namespace, lock_path: Path, rollout_path: Path) -> int:
 
 
 def _render(args: argparse.Namespace, lock_path: Path, rollout_path: Path) -> int:
-    loaded = room.TemplateRegistry.load(args.directory, lock_path, rollout_path=rollout_path)
+    loaded = TemplateRegistry.load(args.directory, lock_path, rollout_path=rollout_path)
     composed = loaded.compose(args.ids, _parse_variables(args.set), subject=args.subject)
     if args.json:
         ref = dataclasses.asdict(composed.ref)
@@ -111,7 +113,7 @@ def _render(args: argparse.Namespace, lock_path: Path, rollout_path: Path) -> in
 
 
 def _test(args: argparse.Namespace, lock_path: Path, rollout_path: Path) -> int:
-    loaded = room.TemplateRegistry.load(args.directory, lock_path, rollout_path=rollout_path)
+    loaded = TemplateRegistry.load(args.directory, lock_path, rollout_path=rollout_path)
     templates = [t for versions in loaded.templates.values() for t in versions.values()]
     num_cases = sum(len(t.cases) for t in templates)
     if args.json:
@@ -122,17 +124,17 @@ def _test(args: argparse.Namespace, lock_path: Path, rollout_path: Path) -> int:
 
 
 def _lock(args: argparse.Namespace, lock_path: Path, rollout_path: Path) -> int:
-    templates = room.load_directory(args.directory)
+    templates = source.load_directory(args.directory)
     for versions in templates.values():
         for template in versions.values():
-            room.verify_cases(template)
+            source.verify_cases(template)
     Rollout.load(rollout_path).verify(templates)
-    content = room.encode_lock(room.digests(templates))
+    content = locking.encode_lock(locking.digests(templates))
     if args.check:
-        room.verify_lock(templates, room.load_lock(lock_path))
+        locking.verify_lock(templates, locking.load_lock(lock_path))
         return 0
     lock_path.write_bytes(content)
-    signature_path = lock_path.with_name(lock_path.name + room.SIGNATURE_SUFFIX)
+    signature_path = lock_path.with_name(lock_path.name + locking.SIGNATURE_SUFFIX)
     if args.sign_key is not None:
         signature_path.write_bytes(base64.b64encode(_load_key(args.sign_key).sign(content)) + b"\n")
     else:
@@ -148,7 +150,7 @@ def _lock(args: argparse.Namespace, lock_path: Path, rollout_path: Path) -> int:
 
 
 def _rollout(args: argparse.Namespace, lock_path: Path, rollout_path: Path) -> int:
-    loaded = room.TemplateRegistry.load(args.directory, lock_path, rollout_path=rollout_path)
+    loaded = TemplateRegistry.load(args.directory, lock_path, rollout_path=rollout_path)
     rollout = loaded.rollout
     if args.id is None:
         print(rollout.encode().decode(), end="")
@@ -156,7 +158,7 @@ def _rollout(args: argparse.Namespace, lock_path: Path, rollout_path: Path) -> i
     versions = loaded.templates.get(args.id)
     if not versions:
         raise RequestError(f"No template is called {args.id!r}. See 'strongroom template list'.")
-    stage = rollout.stages.get(args.id, Stage(stable=room.newest(versions)))
+    stage = rollout.stages.get(args.id, Stage(stable=source.newest(versions)))
     if args.subject is not None:
         candidate = stage.candidate or stage.stable
         version = rollout.version_for(args.id, args.subject) or stage.stable
@@ -200,9 +202,9 @@ def _describe(name: str, stage: Stage) -> str:
     return f"{name}: {stage.percent:g} % of subjects get {stage.candidate}, the others {stage.stable}."
 
 
-def _find(loaded: room.TemplateRegistry, name: str, version: str | None) -> room.Template:
+def _find(loaded: TemplateRegistry, name: str, version: str | None) -> source.Template:
     versions = loaded.templates.get(name, {})
-    template = versions.get(version or (room.newest(versions) if versions else ""))
+    template = versions.get(version or (source.newest(versions) if versions else ""))
     if template is None:
         raise RequestError(f"No template is called {name!r} {version or ''}. See 'strongroom template list'.")
     return template

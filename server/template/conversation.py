@@ -72,7 +72,7 @@ def assemble(chat: Chat, block: str, *, splits_reasoning: bool) -> list[dict[str
         content = _text(message.get("content"), number)
         if role in ("system", "developer"):
             if content.strip():
-                preferences.append(content.strip())
+                preferences.append(content)
             continue
         # After the last question the template would write thinking tokens for it: there the client's spelling is text.
         turns.append(_turn(role, content, message, splits_reasoning=splits_reasoning and number < last_user))

@@ -12,6 +12,8 @@ import pytest
 
 from benchmarks.gateway.kit import EMBEDDER, MODEL, GatewayKit, make_kit, wait_until
 from server.api.public import MODEL_ROUTES
+from server.template import lock as locking
+from server.template import source
 from server.template.registry import TemplateRegistry
 from server.template.rollout import Rollout, Stage
 
@@ -95,9 +97,7 @@ def kit(tmp_path_factory: pytest.TempPathFactory):
 
 
 def lock(folder: Path) -> None:
-    from server.template import registry as room
-
-    (folder / "templates.lock").write_bytes(room.encode_lock(room.digests(room.load_directory(folder))))
+    (folder / "templates.lock").write_bytes(locking.encode_lock(locking.digests(source.load_directory(folder))))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from server.errors import AuditUnavailableError, ConfigError, RequestError
+from server.template import lock as locking
 from server.template import registry as room
+from server.template import source
 from server.template.follow import follow_templates
 from server.template.rollout import Rollout, Stage
 
@@ -44,7 +46,7 @@ def write(
 
 def lock(folder: Path) -> Path:
     path = folder / "templates.lock"
-    path.write_bytes(room.encode_lock(room.digests(room.load_directory(folder))))
+    path.write_bytes(locking.encode_lock(locking.digests(source.load_directory(folder))))
     return path
 
 
@@ -97,7 +99,7 @@ def test_newest_version_is_by_number(tmp_path: Path):
         (lambda f: write(f, more="id: base\n"), "a key stands twice"),
         (lambda f: (f / "base" / "1.0.0.md").write_bytes(b"\xff"), "not UTF-8"),
         (lambda f: (f / "base" / "1.0.0.md").write_text("no front matter"), "no front matter"),
-        (lambda f: (f / "base" / "1.0.0.md").write_text("x" * (room.MAX_TEMPLATE_BYTES + 1)), "the limit"),
+        (lambda f: (f / "base" / "1.0.0.md").write_text("x" * (source.MAX_TEMPLATE_BYTES + 1)), "the limit"),
         (lambda f: (f / "templates.lock").write_text("{}"), "can't be parsed"),
         (lambda f: (f / "templates.lock").write_bytes((f / "templates.lock").read_bytes() + b" "), "canonical"),
         (lambda f: (f / "templates.lock").unlink(), "can't be read"),

@@ -277,3 +277,18 @@ def test_date_before_the_block_may_grow(smollm2: PromptBuilder):
     assert "Today: May\nRules" in renderer.render(user("x"), "Rules")[0]
     now[0] = datetime(2026, 9, 9, tzinfo=UTC)
     assert "Today: September\nRules" in renderer.render(user("x"), "Rules")[0]
+
+
+def test_client_texts_are_kept_to_the_last_space(smollm2: PromptBuilder):
+    texts = ["  indented\n    more  \n", "\n\nsecond\t", "x"]
+    messages = (
+        {"role": "system", "content": texts[0]},
+        {"role": "developer", "content": texts[1]},
+        {"role": "user", "content": texts[0]},
+        {"role": "assistant", "content": texts[1]},
+        {"role": "tool", "tool_call_id": "c", "content": texts[0]},
+        {"role": "user", "content": texts[2]},
+    )
+    text = render(smollm2, Chat(messages=messages), "secure-coding").text
+    assert text.count(texts[0]) == 3
+    assert text.count(texts[1]) == 2
