@@ -24,7 +24,7 @@ from server.auth.jwks import ProviderKeys
 from server.auth.mtls import CertificateMap, CertificateRules
 from server.auth.oidc import ClaimRules, OIDCVerifier
 from server.auth.pepper import CacheSalt, load_pepper, load_secret
-from server.auth.throttle import FailureThrottle
+from server.auth.throttle import FailureThrottle, report_suppressed
 from server.engine.client import EngineClient, unix_address, url_address
 from server.engine.local import engine_paths
 from server.guard.guard import Guard
@@ -75,6 +75,7 @@ class Gateway:
     guard: Guard
     ledger: MemoryLedger | SharedLedger
     policy: PolicyEngine
+    throttle: FailureThrottle
     templates: TemplateRegistry
     record: Callable[..., Coroutine[Any, Any, int]]
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
@@ -87,6 +88,7 @@ class Gateway:
         for engine in self.engines:
             self._tasks.append(asyncio.create_task(engine.watch(on_change=self._watcher(engine))))
         self._tasks.append(asyncio.create_task(follow_policies(self.policy, self.record)))
+        self._tasks.append(asyncio.create_task(report_suppressed(self.throttle, self.record)))
         self._tasks.append(asyncio.create_task(follow_templates(self.templates, self.record)))
         totals = list(sum_used(self.store, time.time()))
         if isinstance(self.ledger, SharedLedger):
@@ -133,9 +135,10 @@ def build_gateway(settings: Settings) -> Gateway:
     ring = KeyRing(pepper)
     watch = StoreWatch(store, quarantine=quarantine, on_keys=ring.load, used=ring.take_used)
     watch.poll()
+    throttle = FailureThrottle()
     auth = Authenticator(
         ring,
-        throttle=FailureThrottle(),
+        throttle=throttle,
         quarantine=quarantine,
         store_age_s=watch.age_s,
         tokens=_token_verifier(settings),
@@ -215,6 +218,7 @@ def build_gateway(settings: Settings) -> Gateway:
         guard=guard,
         ledger=ledger,
         policy=policy,
+        throttle=throttle,
         templates=templates,
         record=record,
     )
