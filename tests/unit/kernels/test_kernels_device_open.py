@@ -11,6 +11,7 @@ import torch
 from server.engine.config import EngineConfig, build_engine_argv
 from server.engine.vllm.device_open import DeviceOpener, Mode, new_opener
 from server.engine.vllm.lazy import DTYPES, SealedTensor
+from server.engine.vllm.weights import SealedWeights
 from server.errors import ConfigError, SealError, StartError
 from server.sealed.agent import KeyAgent
 from server.sealed.format import Suite
@@ -225,20 +226,14 @@ def test_a_device_that_computes_wrongly_opens_nothing(workshop, faulty):
     assert not target.any()
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-def test_the_loader_takes_the_mode_from_its_configuration():
-    from vllm.config.load import LoadConfig
+def test_the_loaders_take_the_mode_from_their_configuration():
+    def opener(mode):
+        return SealedWeights({"manifest_sha256": "0" * 64, "device_open": mode})._opener
 
-    from server.engine.vllm.loader import StrongroomLoader
-
-    def loader(mode):
-        extra = {"manifest_sha256": "0" * 64, "device_open": mode}
-        return StrongroomLoader(LoadConfig(load_format="strongroom", model_loader_extra_config=extra))
-
-    assert loader("off")._opener is None
-    assert isinstance(loader("interpret")._opener, DeviceOpener)
+    assert opener("off") is None
+    assert isinstance(opener("interpret"), DeviceOpener)
     with pytest.raises(StartError, match="device_open is 'gpu'"):
-        loader("gpu")
+        opener("gpu")
 
 
 def test_the_engine_passes_the_mode_on(tmp_path):
