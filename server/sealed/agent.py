@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 from server.errors import SealError, StrongroomError
 from server.sealed.envelope import unwrap_from_any, verify_key_check
 from server.sealed.kms.base import KeyContext
+from server.sealed.memory import forbid_core_dumps
 from server.sealed.model import SealedModel, open_sealed
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ class KeyAgent:
             SealError: The model was refused; the refusal is recorded.
             KMSError: The key was not released; the refusal is recorded.
         """
+        forbid_core_dumps()  # from here on this process holds data keys
         try:
             model = open_sealed(path, trusted_signers=self._trusted, floor=floor, allow_unsigned=self._allow_unsigned)
         except SealError as err:

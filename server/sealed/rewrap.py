@@ -11,6 +11,7 @@ from server.errors import ConfigError
 from server.sealed.envelope import unwrap_from_any, verify_key_check, wrap_for_all
 from server.sealed.format import RECIPIENTS_NAME, RECIPIENTS_TMP_NAME, marshal_recipients, parse_recipients
 from server.sealed.kms.base import KeyContext
+from server.sealed.memory import forbid_core_dumps
 from server.sealed.seal import fsync_folder
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def rewrap(
     """
     if not to:
         raise ConfigError("Name at least one key service to wrap the key for: --to URI.")
+    forbid_core_dumps()  # from here on this process holds a data key
     context = KeyContext.of(model.core)
     with _locked(model.path), unwrap_from_any(model.recipients, services, context) as data_key:
         verify_key_check(data_key, model.core_digest, model.manifest.key_check)

@@ -32,6 +32,7 @@ from server.sealed.format import (
     shard_name,
 )
 from server.sealed.kms.base import DATA_KEY_BYTES, DataKey, KeyContext
+from server.sealed.memory import forbid_core_dumps
 from server.sealed.model import signed_digests
 from server.sealed.shard import write_shard
 from server.sealed.signature import sign_resources
@@ -82,6 +83,7 @@ def seal_model(
         ConfigError: The source or an argument is not acceptable.
         KMSError: A key service did not wrap the key.
     """
+    forbid_core_dumps()  # from here on this process holds a data key and plaintext
     if not services:
         raise ConfigError("A model is sealed for at least one key service: pass --kms URI.")
     source = source if isinstance(source, Source) else load_source(source)

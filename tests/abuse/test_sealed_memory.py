@@ -159,3 +159,17 @@ def test_swap_is_refused_where_pages_cannot_be_locked(tmp_path: Path) -> None:
 def test_tmpfs_is_told_from_a_disk(tmp_path: Path) -> None:
     assert is_memory_backed(Path("/dev/shm"))  # noqa: S108 - asked about, not written to
     assert not is_memory_backed(tmp_path)
+
+
+@pytest.mark.parametrize("program", [SEAL, LOAD.replace("forbid_core_dumps()\n", "")], ids=["seal", "agent"])
+def test_whoever_touches_a_data_key_can_not_be_dumped(tmp_path: Path, program: str) -> None:
+    small_model(tmp_path)
+    if program is not SEAL:
+        assert run(SEAL, tmp_path).returncode == 0
+    asking = (
+        "import ctypes, resource\n"
+        "assert ctypes.CDLL(None).prctl(3, 0, 0, 0, 0) == 0\n"  # PR_GET_DUMPABLE
+        "assert resource.getrlimit(resource.RLIMIT_CORE) == (0, 0)\n"
+    )
+    done = run(program + asking, tmp_path)
+    assert done.returncode == 0, done.stderr
