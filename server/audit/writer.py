@@ -91,7 +91,7 @@ class Writer:
 
     Args:
         log: The open log.
-        sock: A listening unix socket.
+        sock: A unix socket from `bind`.
         orphans: Requests that recovery found open.
         publish_interval_s: How long tiles and `checkpoint` may lag behind.
         heartbeat_s: After how much silence a heartbeat is appended.
@@ -139,6 +139,7 @@ class Writer:
         self._say(Event.LOG_STARTED, origin=log.origin, size=log.tree.size)
         self._commit_own()
         log.publish()
+        self._listener.listen(64)  # not before: whoever can connect finds a log that has recovered
 
     def stop(self, *_signal: object) -> None:
         """Make `run` return after the group at hand."""
@@ -452,7 +453,7 @@ def report(level: str, message: str, **fields: object) -> None:
 
 
 def bind(path: Path) -> socket.socket:
-    """Listen on `path`, mode 0600, in place of a socket that a dead writer left.
+    """Bind `path`, mode 0600, in place of a socket that a dead writer left; `Writer.start` listens on it.
 
     Call it with the log's lock held: that is what proves the other writer dead.
 
@@ -468,7 +469,6 @@ def bind(path: Path) -> socket.socket:
             sock.bind(str(path))
         finally:
             os.umask(old_mask)
-        sock.listen(64)
     except OSError as err:
         sock.close()
         raise AuditLogError(f"The audit socket {path} can't be made: {err.strerror or err}.") from err
