@@ -113,6 +113,18 @@ async def test_a_worker_that_hangs_gives_unscanned() -> None:
     await pool.close()
 
 
+async def test_code_made_to_be_slow_gives_unscanned() -> None:
+    pool = WorkerPool(num_workers=1, timeout_s=0.5)
+    await pool.warm()
+    source = "void f(){\n" + "  auto it = v.find(x);\n  delete p;\n  int *q = new int[3];\n" * 4000 + "}\n"
+    start = time.monotonic()
+    findings, reason = await pool.scan_code(source, "cpp")
+    assert findings == ()
+    assert reason is not None
+    assert time.monotonic() - start < 10
+    await pool.close()
+
+
 async def test_a_worker_out_of_memory_gives_unscanned() -> None:
     pool = WorkerPool(num_workers=1, timeout_s=20, memory_bytes=1)
     findings, reason = await pool.scan_code(CODE, "python")
