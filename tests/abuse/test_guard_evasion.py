@@ -66,6 +66,15 @@ def test_a_megabyte_on_one_line_ends_in_time(text: str) -> None:
     assert report.state in (ScanState.CLEAN, ScanState.FINDINGS, ScanState.UNSCANNED)
 
 
+@pytest.mark.parametrize("label", ["ruby", "php", "rs", "C#", "powershell"])
+def test_a_language_without_rules_is_unscanned_and_a_false_label_hides_nothing(label: str) -> None:
+    report = scan_text(f"```{label}\nputs 1\n```\n")
+    assert report.state is ScanState.UNSCANNED
+    report = scan_text(f"```{label}\n{CODE}```\n")
+    assert report.state is ScanState.UNSCANNED
+    assert {f.rule for f in report.findings} == {"py-command-injection"}
+
+
 def test_deep_nesting_is_unscanned_and_not_clean() -> None:
     assert scan_text("x = " + "(" * 5000 + ")" * 5000, language="python").state is ScanState.UNSCANNED
 
