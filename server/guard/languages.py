@@ -29,6 +29,40 @@ _SUFFIXES = {
     ".zsh": "shell", ".ksh": "shell", ".bats": "shell", ".sql": "sql", ".psql": "sql", ".pgsql": "sql", ".ddl": "sql", ".pks": "sql", ".pkb": "sql",
     ".tf": "terraform", ".tfvars": "terraform", ".hcl": "terraform", ".dockerfile": "dockerfile", ".containerfile": "dockerfile",
 }  # fmt: skip
+# Programming languages without rules of ours: blocks of them are `unscanned`, for nobody has looked at what they do.
+UNSUPPORTED = frozenset(
+    [
+        "ruby",
+        "php",
+        "rust",
+        "csharp",
+        "kotlin",
+        "swift",
+        "scala",
+        "perl",
+        "lua",
+        "powershell",
+        "r",
+        "dart",
+        "elixir",
+        "haskell",
+        "groovy",
+        "objectivec",
+        "vb",
+        "clojure",
+        "solidity",
+        "zig",
+    ]
+)
+_UNSUPPORTED_LABELS = {
+    "rb": "ruby", "rs": "rust", "c#": "csharp", "cs": "csharp", "kt": "kotlin", "pl": "perl", "ps1": "powershell", "pwsh": "powershell",
+    "ex": "elixir", "hs": "haskell", "objc": "objectivec", "objective-c": "objectivec", "vbnet": "vb", "rails": "ruby", "laravel": "php",
+}  # fmt: skip
+_UNSUPPORTED_SUFFIXES = {
+    ".rb": "ruby", ".php": "php", ".rs": "rust", ".cs": "csharp", ".kt": "kotlin", ".swift": "swift", ".scala": "scala", ".pl": "perl",
+    ".lua": "lua", ".ps1": "powershell", ".dart": "dart", ".ex": "elixir", ".exs": "elixir", ".hs": "haskell", ".groovy": "groovy", ".m": "objectivec",
+    ".vb": "vb", ".clj": "clojure", ".sol": "solidity", ".zig": "zig",
+}  # fmt: skip
 _PROSE_SUFFIXES = frozenset({".md", ".markdown", ".mdx", ".rst", ".adoc", ".txt", ""})
 
 # Each sign counts once; the language with most signs wins, and at least two are needed where no label was given.
@@ -83,12 +117,14 @@ _COMPILED = {language: [re.compile(sign, re.MULTILINE) for sign in signs] for la
 
 
 def by_label(label: str | None) -> str | None:
-    """Return the language a fence's info string or a client's field names, or None."""
+    """Return the language a fence's info string or a client's field names, one without rules included, or None."""
     if not label:
         return None
     word = re.split(r"[\s{,:]", label.strip().strip("{}.").lower(), maxsplit=1)[0].lstrip(".")
     word = word.removeprefix("language-")
-    return word if word in LANGUAGES else _LABELS.get(word)
+    if word in LANGUAGES or word in UNSUPPORTED:
+        return word
+    return _LABELS.get(word) or _UNSUPPORTED_LABELS.get(word)
 
 
 def by_path(path: str | None) -> str | None:
@@ -99,7 +135,8 @@ def by_path(path: str | None) -> str | None:
     name = pure.name.lower()
     if name.startswith(("dockerfile", "containerfile")):
         return "dockerfile"
-    return _SUFFIXES.get(pure.suffix.lower())
+    suffix = pure.suffix.lower()
+    return _SUFFIXES.get(suffix) or _UNSUPPORTED_SUFFIXES.get(suffix)
 
 
 def is_prose_path(path: str) -> bool:

@@ -66,6 +66,15 @@ def test_a_megabyte_on_one_line_ends_in_time(text: str) -> None:
     assert report.state in (ScanState.CLEAN, ScanState.FINDINGS, ScanState.UNSCANNED)
 
 
+@pytest.mark.parametrize("label", ["ruby", "php", "rs", "C#", "powershell"])
+def test_a_language_without_rules_is_unscanned_and_a_false_label_hides_nothing(label: str) -> None:
+    report = scan_text(f"```{label}\nputs 1\n```\n")
+    assert report.state is ScanState.UNSCANNED
+    report = scan_text(f"```{label}\n{CODE}```\n")
+    assert report.state is ScanState.UNSCANNED
+    assert {f.rule for f in report.findings} == {"py-command-injection"}
+
+
 def test_deep_nesting_is_unscanned_and_not_clean() -> None:
     assert scan_text("x = " + "(" * 5000 + ")" * 5000, language="python").state is ScanState.UNSCANNED
 
@@ -110,6 +119,18 @@ async def test_a_worker_that_hangs_gives_unscanned() -> None:
     assert findings == ()
     assert reason is not None
     assert "longer than" in reason
+    await pool.close()
+
+
+async def test_code_made_to_be_slow_gives_unscanned() -> None:
+    pool = WorkerPool(num_workers=1, timeout_s=0.5)
+    await pool.warm()
+    source = "void f(){\n" + "  auto it = v.find(x);\n  delete p;\n  int *q = new int[3];\n" * 4000 + "}\n"
+    start = time.monotonic()
+    findings, reason = await pool.scan_code(source, "cpp")
+    assert findings == ()
+    assert reason is not None
+    assert time.monotonic() - start < 10
     await pool.close()
 
 
