@@ -10,14 +10,15 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-_OPENER = re.compile(r"^(?P<lead>[ \t>]*(?:(?:[*+-]|\d{1,9}[.)])[ \t>]+)*[ \t>]*)(?P<mark>`{3,}|~{3,})(?P<info>[^`]*)$")
-_LATE_OPENER = re.compile(r"(?P<mark>`{3,})(?P<info>[\w+#.-]{0,24})[ \t]*$")
+# Nothing here may give back what it took: a line is as long as its writer likes, and no match may take its square.
+_OPENER = re.compile(r"^(?P<lead>[ \t>]*+(?:(?:[*+-]|\d{1,9}[.)])[ \t>]++)*+)(?P<mark>`{3,}+|~{3,}+)(?P<info>[^`]*+)$")
+_LATE_OPENER = re.compile(r"(?<!`)(?P<mark>`{3,}+)(?P<info>[\w+#.-]{0,24})[ \t]*+$")
 _MAYBE_OPENER = re.compile(r"^[ \t>*+\-\d.)]*(?:`*|~*)$")
 _LOOSE = re.compile(
     r"^[ \t]*(?:from [\w.]+ import |import (?:[\w.]+(?: as \w+)?(?:, ?[\w.]+)*;?$|.* from ['\"]|['\"]|\(|static |type |\{)|(?:async )?def \w+ ?\(|"
-    r"class \w+ ?[(:{]|class \w+ (?:extends|implements) |@\w+[\w.]*(?:\(.*\))?$|if __name__|(?:const|let|var) [\w${\[][^.?!]*=|(?:async )?function[ *]\w*|"
+    r"class \w+ ?[(:{]|class \w+ (?:extends|implements) |@\w[\w.]*+(?:\(.*\))?$|if __name__|(?:const|let|var) [\w${\[][^.?!]*=|(?:async )?function[ *]\w*|"
     r"export (?:default|const|function|async|class|type|interface)|module\.exports|package [\w.]+;?$|"
-    r"(?:public|private|protected) (?:static |final |abstract |async |readonly )*[\w<>\[\], ?]+[({;=]|func (?:\(.*\) )?\w+\(|type \w+ (?:struct|interface)|"
+    r"(?:public|private|protected) [\w<>\[\], ?]++[({;=]|func (?:\(.*\) )?\w+\(|type \w+ (?:struct|interface)|"
     r"#\s*(?:include|define|pragma|ifn?def)\b|using (?:namespace|std)|template ?<|namespace \w+ ?\{|"
     r"(?:static |inline |extern |unsigned |const )*(?:int|void|char|bool|double|float|long|size_t|struct \w+|FILE|auto|std::\w+(?:<.*>)?) [*&]?\w+ ?(?:\(|\[|=|;)|"
     r"typedef |#!|(?:SELECT|INSERT INTO|UPDATE|DELETE FROM|CREATE|ALTER|GRANT|DROP|DECLARE|EXEC|EXECUTE)\b.*(?:[*;(=,]|\bFROM\b|\bTO\b|$)|"

@@ -17,7 +17,7 @@ _WINDOW_CHARS = 640
 _HEAD_CHARS = 256
 _LINE = re.compile(r"[^\r\n]*[\r\n]|[^\r\n]+")
 _PLAIN = re.compile(r"[A-Za-z ,.;!?’()]{0,24}")
-_WORD_END = re.compile(r"[A-Za-z0-9_.\-]*\Z")
+_WORD_END = re.compile(r"(?<![A-Za-z0-9_.\-])[A-Za-z0-9_.\-]*+\Z")
 _ESCAPE_END = re.compile(r"(?:\x1b[^A-Za-z~\x07]{0,70}|[^\x20-\x7e\w]+)\Z")
 
 

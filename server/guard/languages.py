@@ -68,22 +68,22 @@ _PROSE_SUFFIXES = frozenset({".md", ".markdown", ".mdx", ".rst", ".adoc", ".txt"
 # Each sign counts once; the language with most signs wins, and at least two are needed where no label was given.
 _SIGNS: dict[str, tuple[str, ...]] = {
     "python": (
-        r"^\s*def \w+\(.*\).*:\s*$", r"^\s*(?:from [\w.]+ )?import [\w., ]+(?: as \w+)?\s*$", r"^\s*class \w+(?:\(.*\))?:\s*$",
-        r"^\s*(?:if|for|while|with|elif|try|except|else)\b[^{};]*:\s*$", r"\bself\.\w+|\bprint\(|\bNone\b|__\w+__", r"^\s*@\w+[\w.]*(?:\(.*\))?\s*$",
-        r"""\bf["'].*\{""", r"\b(?:os|sys|subprocess|requests|json|re)\.\w+\(",
+        r"^\s*def \w+\(.{0,400}\).{0,100}:\s*$", r"^\s*(?:from [\w.]+ )?import [\w., ]++\s*$", r"^\s*class \w+(?:\(.{0,400}\))?:\s*$",
+        r"^\s*(?:if|for|while|with|elif|try|except|else)\b[^{};]{0,200}:\s*$", r"\bself\.\w+|\bprint\(|\bNone\b|__\w+__", r"^\s*@\w[\w.]*+(?:\(.{0,400}\))?\s*$",
+        r"""\bf["'].{0,200}\{""", r"\b(?:os|sys|subprocess|requests|json|re)\.\w+\(",
     ),
     "javascript": (
         r"\b(?:const|let) [\w{[]", r"=>", r"\brequire\(['\"]", r"^\s*import .* from ['\"]", r"\bfunction\b\s*\w*\(", r"===|!==",
         r"\bconsole\.\w+\(|\bdocument\.|\bwindow\.", r"\bmodule\.exports|^\s*export (?:default|const|function|async)", r"`[^`]*\$\{", r"\basync \(|\bawait \w",
     ),
     "typescript": (
-        r"\b(?:const|let|function) [^=\n]*: ?(?:string|number|boolean|any|unknown|void|Promise<|Record<|\w+\[\])", r"^\s*(?:export )?(?:interface|type) \w+",
+        r"\b(?:const|let|function) [^=\n]{0,200}: ?(?:string|number|boolean|any|unknown|void|Promise<|Record<|\w+\[\])", r"^\s*(?:export )?(?:interface|type) \w+",
         r"\bas (?:any|string|unknown|const)\b", r"\(\w+\??: ?(?:string|number|boolean|any|unknown|Request|Response)\b", r"^\s*import type|\bprivate readonly\b|\bimplements\b",
         r": (?:Promise<\w+|string|number|void)[>\[\]]* ?[{=]",
     ),
     "java": (
-        r"\bpublic (?:static |final |abstract )*(?:class|interface|enum|void|\w+(?:<.*>)? \w+\()", r"^\s*import (?:static )?(?:java|javax|jakarta|org|com)\.[\w.*]+;",
-        r"^\s*package [\w.]+;", r"\b(?:private|protected) (?:static )?(?:final )?\w+", r"\bnew \w+(?:<.*>)?\(", r"^\s*@(?:Override|GetMapping|PostMapping|RestController|RequestMapping|Autowired)",
+        r"\bpublic (?:static |final |abstract )*(?:class|interface|enum|void|\w+(?:<.{0,200}>)? \w+\()", r"^\s*import (?:static )?(?:java|javax|jakarta|org|com)\.[\w.*]+;",
+        r"^\s*package [\w.]+;", r"\b(?:private|protected) (?:static )?(?:final )?\w+", r"\bnew \w+(?:<.{0,200}>)?\(", r"^\s*@(?:Override|GetMapping|PostMapping|RestController|RequestMapping|Autowired)",
         r"\bString \w+\s*[=;,)]", r"\bthrows \w+",
     ),
     "go": (
@@ -96,7 +96,7 @@ _SIGNS: dict[str, tuple[str, ...]] = {
     ),
     "cpp": (
         r"\bstd::\w+", r"^\s*#\s*include\s*<(?:iostream|string|vector|memory|map|cstring|cstdio|cstdlib|fstream|algorithm|thread|mutex|sstream|array|random|unordered_map|optional|string_view|filesystem)>",
-        r"\b(?:using namespace|namespace \w+|template\s*<)", r"\bclass \w+[^;]*\{", r"\b(?:public|private|protected):", r"\b(?:cout|cin|cerr)\s*(?:<<|>>)", r"\bnew \w+[\[(]|\bdelete(?:\[\])? \w", r"\b\w+::\w+",
+        r"\b(?:using namespace|namespace \w+|template\s*<)", r"\bclass \w+[^;]{0,400}\{", r"\b(?:public|private|protected):", r"\b(?:cout|cin|cerr)\s*(?:<<|>>)", r"\bnew \w+[\[(]|\bdelete(?:\[\])? \w", r"\b\w+::\w+",
     ),
     "shell": (
         r"^#!.*\b(?:ba|z|k|da)?sh\b", r"^\s*(?:sudo|apt-get|apt|curl|wget|echo|export|chmod|chown|mkdir|rm|cp|mv|cd|source|docker|git|pip|npm|tar|ssh|scp|grep|sed|awk)\s+[-\w\"'$/.]",
@@ -110,10 +110,15 @@ _SIGNS: dict[str, tuple[str, ...]] = {
         r"^FROM\s+[\w./:@${}-]+", r"^(?:RUN|CMD|ENTRYPOINT)\s", r"^(?:COPY|ADD|WORKDIR)\s", r"^(?:ENV|ARG|LABEL)\s", r"^(?:EXPOSE|USER|HEALTHCHECK|VOLUME)\s",
     ),
     "terraform": (
-        r"^\s*(?:resource|data)\s+\"\w+\"\s+\"[\w-]+\"\s*\{", r"^\s*(?:provider|variable|module|output)\s+\"[\w-]+\"\s*\{", r"^\s*(?:terraform|locals)\s*\{", r"^\s*\w+\s*=\s*(?:var|local|aws|google|azurerm)\w*\.", r"^\s*(?:ingress|egress|tags|versioning|lifecycle)\s*=?\s*\{",
+        r"^\s*(?:resource|data)\s+\"\w+\"\s+\"[\w-]+\"\s*\{", r"^\s*(?:provider|variable|module|output)\s+\"[\w-]+\"\s*\{", r"^\s*(?:terraform|locals)\s*\{", r"^\s*\w+\s*=\s*(?:var|local|aws|google|azurerm)\w*\.", r"^\s*(?:ingress|egress|tags|versioning|lifecycle)\s*+(?:=\s*+)?\{",
     ),
 }  # fmt: skip
-_COMPILED = {language: [re.compile(sign, re.MULTILINE) for sign in signs] for language, signs in _SIGNS.items()}
+# A sign is looked for at the start of each line, so what stands before it need not run over blank lines; and it takes in
+# a bounded piece of what follows. Without that, a text of line breaks alone would cost its length squared.
+_COMPILED = {
+    language: [re.compile(sign.replace(r"^\s*", r"^[^\S\n]*+"), re.MULTILINE) for sign in signs]
+    for language, signs in _SIGNS.items()
+}
 
 
 def by_label(label: str | None) -> str | None:

@@ -481,8 +481,9 @@ TOKEN_PREFIXES = frozenset(literal[:n] for literal in _LITERALS for n in range(1
 _LITERAL_AT_EDGE = re.compile(_EDGE + "(?:" + "|".join(map(re.escape, _LITERALS)) + ")")
 _PEM_HEAD = re.compile(r"-{5}[A-Z0-9 ]{0,60}-{0,5}")
 _PEM_HEADER = re.compile(r"-----BEGIN [A-Z0-9 ]{0,30}PRIVATE KEY(?: BLOCK)?-----")
-_RUN = re.compile(r"[^\s\"'`<>()\[\]{},]*\Z")
-_LAST_PIECE = re.compile(r"[A-Za-z0-9_.\-]*\Z")
+# A run is tried where it can begin and nowhere inside, or a long one would cost its length squared.
+_RUN = re.compile(r"(?<![^\s\"'`<>()\[\]{},])[^\s\"'`<>()\[\]{},]*+\Z")
+_LAST_PIECE = re.compile(r"(?<![A-Za-z0-9_.\-])[A-Za-z0-9_.\-]*+\Z")
 _ODD_RUN = re.compile(r"\d{8,10}:|[A-Za-z0-9_~.-]{12}|hooks|discord|webhook|office|sig|access|pat|8Q|7Q|\$")
 
 
