@@ -159,6 +159,8 @@ class PolicyEngine:
             for template in decision.obligations.templates:
                 if self._quarantine.has(Quarantined.TEMPLATE, template):
                     return Decision(False, "a template that policy demands is quarantined", (), policies.digest)
+        if decision.allowed and decision.obligations.tools_allowed is not None and request is not None:
+            return _judge_tools(decision, request.payload)
         return decision
 
     def form_question(
@@ -222,6 +224,16 @@ class PolicyEngine:
             self._hour_weekday = (moment.hour, moment.isoweekday())
             self._quarter = quarter
         return self._hour_weekday
+
+
+def _judge_tools(decision: Decision, payload: Payload) -> Decision:
+    """Return the decision, or a refusal where the request brings a tool that the permit does not name."""
+    allowed = decision.obligations.tools_allowed or ()
+    offered = payload.tools if isinstance(payload, Chat) else ()
+    if all(tool["function"]["name"] in allowed for tool in offered):
+        return decision
+    reason = f"policy allows {'no tools but ' + ', '.join(allowed) if allowed else 'no tools'} in this request"
+    return Decision(False, reason, decision.policies, decision.policy_digest)
 
 
 def estimate_tokens(payload: Payload) -> int:
