@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 MAX_DEPTH = 64
 """Deepest nesting accepted; tool schemas of real agents stay below 20."""
 
+MAX_VALUES = 200_000
+"""Most values and containers accepted: the text of a prompt is one, and a million empty lists take seconds to parse."""
+
 MAX_DISCARD_BYTES = 1024 * 1024 * 1024
 """How much of an oversized body is read and thrown away, so that the client reads our answer and not a reset."""
 
@@ -110,7 +113,10 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
     try:
         # UTF-16, a byte order mark and stray bytes all fail here or at the first character below.
         text = body.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite)
+        _check_num_values(body)
+        value = json.loads(
+            text, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite, parse_int=_bounded
+        )
     except UnicodeDecodeError as err:
         raise RequestError(f"The body is not UTF-8 (byte {err.start}).", code="invalid_json") from err
     except json.JSONDecodeError as err:
@@ -119,8 +125,6 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
         ) from err
     except RecursionError as err:
         raise _too_deep() from err
-    except ValueError as err:  # an integer of thousands of digits
-        raise RequestError("A number in the body has too many digits.", code="invalid_json") from err
     if not isinstance(value, dict):
         raise RequestError("The body must be a JSON object.", code="invalid_json")
     # Counting brackets is cheap and settles nearly every body; only a suspicious one is walked.
@@ -140,6 +144,26 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise RequestError(f"{name} is not JSON; send a finite number.", code="invalid_json")
+
+
+def _bounded(digits: str) -> int:
+    # Beyond 64 bits neither the engine nor a chat template takes a number, and each fails in a way of its own.
+    value = int(digits) if len(digits) <= 20 else 2**64
+    if not -(2**63) <= value < 2**64:
+        raise RequestError("A whole number in the body does not fit 64 bits.", code="invalid_json")
+    return value
+
+
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+
+
+def _check_num_values(body: bytes) -> None:
+    def count(text: bytes) -> int:
+        return text.count(b",") + text.count(b"[") + text.count(b"{")
+
+    # Signs inside strings count only where there are suspiciously many: code is full of them.
+    if count(body) > MAX_VALUES and count(_STRING.sub(b"", body)) > MAX_VALUES:
+        raise RequestError(f"The body holds more than {MAX_VALUES} values; send less.", code="invalid_json")
 
 
 def _finite(digits: str) -> float:

@@ -124,7 +124,8 @@ def logit_bias(body: dict[str, Any]) -> dict[str, float] | None:
     if not isinstance(value, dict) or len(value) > MAX_LOGIT_BIAS:
         raise wrong("logit_bias", f"an object of at most {MAX_LOGIT_BIAS} token ids")
     for key, bias in value.items():
-        if not key.isdigit() or isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
+        is_id = key.isascii() and key.isdigit() and len(key) <= 9  # "²" is a digit to Python and no number
+        if not is_id or isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
             raise wrong("logit_bias", "an object from token ids to numbers from -100 to 100")
     return value
 

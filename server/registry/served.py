@@ -26,11 +26,22 @@ def text_chars(request: ModelRequest) -> int:
     """Return roughly how many characters a request brings; for choosing where to work, not for limits."""
     match request.payload:
         case Chat(messages=messages, tools=tools):
-            return sum(len(message.get("content") or "") for message in messages) + 512 * len(tools)
+            return sum(map(_string_chars, messages)) + sum(map(_string_chars, tools))
         case Completion(prompt=prompt, suffix=suffix):
             return len(prompt) + len(suffix or "")
         case Embedding(inputs=inputs):
             return sum(map(len, inputs))
+
+
+def _string_chars(value: Any) -> int:
+    """Return the length of all strings in a JSON value, names too: a tool's schema may be the largest text of all."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(len(key) + _string_chars(item) for key, item in value.items())
+    if isinstance(value, list):
+        return sum(map(_string_chars, value))
+    return 8
 
 
 @dataclass(frozen=True, slots=True)
