@@ -152,17 +152,37 @@ def _client_texts(request: ModelRequest) -> list[tuple[str, str, bool]]:
     return found
 
 
+# What the wire format's parser has written or bounded itself; below a tool's `parameters` such names are the caller's.
 _FIXED_KEYS = frozenset({"role", "type", "id", "tool_call_id"})
+_OUR_KEYS = frozenset(
+    {"content", "name", "reasoning_content", "tool_calls", "function", "arguments", "description", "parameters"}
+)
 
 
-def _leaves(value: Any, path: str) -> list[tuple[str, str]]:
+def _leaves(value: Any, path: str, fixed: frozenset[str] = _FIXED_KEYS) -> list[tuple[str, str]]:
     if isinstance(value, str):
         return [(path, value)]
     if isinstance(value, dict):
-        return [leaf for k, v in value.items() if k not in _FIXED_KEYS for leaf in _leaves(v, f"{path}.{k}")]
+        found: list[tuple[str, str]] = []
+        for n, (key, item) in enumerate(value.items()):
+            if key in fixed:
+                continue
+            if not fixed:
+                found.append((f"{path}.names[{n}]", key))
+            found += _leaves(item, f"{path}.{_step(n, key, fixed)}", _below(key, fixed))
+        return found
     if isinstance(value, list):
-        return [leaf for i, v in enumerate(value) for leaf in _leaves(v, f"{path}[{i}]")]
+        return [leaf for i, v in enumerate(value) for leaf in _leaves(v, f"{path}[{i}]", fixed)]
     return []
+
+
+def _step(number: int, key: str, fixed: frozenset[str]) -> str:
+    """Return a key's part of a path: the caller's own go by number, for paths stand in records and answers."""
+    return key if fixed and key in _OUR_KEYS else str(number)
+
+
+def _below(key: str, fixed: frozenset[str]) -> frozenset[str]:
+    return frozenset() if key == "parameters" else fixed
 
 
 def _scan_input(texts: list[tuple[str, str, bool]]) -> list[Finding]:
@@ -206,11 +226,16 @@ def _replaced(payload: Chat | Completion | Embedding, edited: dict[str, str]) ->
     return replace(payload, messages=messages, tools=tools)
 
 
-def _rewritten(value: Any, path: str, edited: dict[str, str]) -> Any:
+def _rewritten(value: Any, path: str, edited: dict[str, str], fixed: frozenset[str] = _FIXED_KEYS) -> Any:
     if isinstance(value, str):
         return edited.get(path, value)
     if isinstance(value, dict):
-        return {k: v if k in _FIXED_KEYS else _rewritten(v, f"{path}.{k}", edited) for k, v in value.items()}
+        return {
+            (key if fixed else edited.get(f"{path}.names[{n}]", key)): item
+            if key in fixed
+            else _rewritten(item, f"{path}.{_step(n, key, fixed)}", edited, _below(key, fixed))
+            for n, (key, item) in enumerate(value.items())
+        }
     if isinstance(value, list):
-        return [_rewritten(v, f"{path}[{i}]", edited) for i, v in enumerate(value)]
+        return [_rewritten(v, f"{path}[{i}]", edited, fixed) for i, v in enumerate(value)]
     return value

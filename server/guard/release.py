@@ -256,12 +256,14 @@ class Choice:
             head = queue[0]
             if head.finish_reason is not None and not self.finished:
                 break
-            if head.tool_calls and self._holds_tools and not self.finished:
-                break
+            if (head.tool_calls or head.logprobs) and self._holds_tools and not self.finished:
+                break  # log-probabilities spell tokens, even some whose text the engine itself still holds back
             room = self.content.safe - self.content.sent
             think = self.reasoning.safe - self.reasoning.sent
             if len(head.text) <= room and len(head.reasoning) <= think:
                 queue.popleft()
+                if self._holds_tools and (self.content.edits or self.reasoning.edits):
+                    head.logprobs = None  # they would spell what was taken out
                 if head.text and (self.content.edits):
                     head.text = self.content.cut(head.text)
                 else:
