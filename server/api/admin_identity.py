@@ -16,7 +16,7 @@ from server.api.public import json_response
 from server.auth.key_admin import KeyAdmin, KeySpec, describe_key
 from server.errors import ConfigError, NotFoundError, PermissionDeniedError, RequestError
 from server.policy.cases import evaluate, parse_question
-from server.policy.permissions import Permission, parse_scope
+from server.policy.permissions import Permission, covers, parse_scope
 from server.store.incidents import Incident, Quarantined, lift_incident, list_incidents, open_incident
 from server.store.usage_report import parse_day_s, report_usage
 
@@ -108,6 +108,8 @@ class _Routes:
         spec = self._parse_spec(fields, caller)
         if spec.tenant != caller.tenant and not sees_all:
             raise PermissionDeniedError("You make keys for your own tenant only.")
+        if not sees_all:
+            _refuse_more_rights(caller, spec.groups, spec.scopes)
         row, text = await self._act(self._keys(caller).create, spec)
         return json_response(describe_key(row, self._deps.store.clock()) | {"key": text.reveal()}, 201)
 
@@ -118,6 +120,8 @@ class _Routes:
         if isinstance(overlap_s, bool) or not isinstance(overlap_s, (int, float)) or not 0 <= overlap_s <= 90 * DAY_S:
             raise RequestError("'overlap_s' must be a number of seconds, at most 90 days.", param="overlap_s")
         old = await self._find_key(caller, request.path_params["key_id"], sees_all=sees_all)
+        if not sees_all:  # the answer holds the successor's text: whoever reads it can be whom it stands for
+            _refuse_more_rights(caller, old.groups, old.scopes)
         row, text = await self._act(self._keys(caller).rotate, old.id, overlap_s=float(overlap_s))
         return json_response(describe_key(row, self._deps.store.clock()) | {"key": text.reveal()}, 201)
 
@@ -290,6 +294,19 @@ class _Routes:
             asyncio.run_coroutine_threadsafe(self._deps.record(event, **who, **fields), loop).result(MAX_RECORD_S)
 
         return record
+
+
+def _refuse_more_rights(caller: Principal, groups: frozenset[str], scopes: frozenset[str]) -> None:
+    """Refuse a key that can do more than the caller's own; whoever manages all tenants may hand out any.
+
+    Raises:
+        PermissionDeniedError: It has a group that the caller is not in, or a scope that the caller's don't reach.
+    """
+    if extra := groups - caller.groups:
+        raise PermissionDeniedError(f"You give only groups that you are in yourself, not {min(extra)}.")
+    for permission in Permission:
+        if covers(scopes, permission) and not covers(caller.scopes, permission):
+            raise PermissionDeniedError(f"You give only scopes that you have yourself, not {permission}.")
 
 
 def _by(caller: Principal) -> dict[str, str]:

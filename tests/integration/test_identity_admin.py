@@ -174,6 +174,26 @@ async def test_another_tenants_key_is_as_one_that_is_not_there(world):
     assert (await world.ask("zeta-lead", "POST", "/admin/keys", NEW | {"tenant": "acme"})).status_code == 403
 
 
+async def test_who_manages_one_tenant_hands_out_no_more_rights_than_it_has(world):
+    (world.policies / "50-own.cedar").write_text(
+        '@id("leads-keys")\npermit (principal in Group::"leads", action == Action::"admin:key:create", resource);'
+    )
+    world.policy.reload()
+    for change in ({"groups": ["security"]}, {"groups": ["leads", "operators"]}):
+        made = await world.ask("zeta-lead", "POST", "/admin/keys", NEW | {"tenant": "zeta"} | change)
+        assert made.status_code == 403, change
+    own = NEW | {"tenant": "zeta", "groups": ["leads"], "scopes": ["admin:key:create"]}
+    made = await world.ask("zeta-lead", "POST", "/admin/keys", own)
+    assert made.status_code == 201
+    world.keys["provisioner"] = made.json()["key"]
+    wider = await world.ask("provisioner", "POST", "/admin/keys", own | {"scopes": ["model:*"]})
+    assert wider.status_code == 403
+    # A successor's text is shown to whoever rotates: that of a stronger key is refused too.
+    stronger = await world.ask("lead", "POST", f"/admin/keys/{world.ids['security']}/rotate", {})
+    assert stronger.status_code == 403
+    assert (await world.ask("security", "POST", "/admin/keys", NEW)).status_code == 201
+
+
 async def test_the_incident_switch_works_at_once_and_is_lifted(world):
     victim = Credentials((Secret(world.keys["developer"]),))
     principal = await world.auth.authenticate(victim, HERE)
