@@ -39,6 +39,7 @@ def protocol_for(listener: ListenerSettings) -> type[HttpToolsProtocol]:
             super().connection_made(transport)
             self._header_bytes = 0
             self._num_headers = 0
+            self._head_complete = False
             self._header_timer: asyncio.TimerHandle | None = None
             self._certificate: bytes | None = None
             ssl_object = transport.get_extra_info("ssl_object")
@@ -63,6 +64,7 @@ def protocol_for(listener: ListenerSettings) -> type[HttpToolsProtocol]:
         def on_message_begin(self) -> None:
             self._header_bytes = 0
             self._num_headers = 0
+            self._head_complete = False
             super().on_message_begin()
 
         @override
@@ -74,11 +76,15 @@ def protocol_for(listener: ListenerSettings) -> type[HttpToolsProtocol]:
         def on_header(self, name: bytes, value: bytes) -> None:
             self._num_headers += 1
             self._count(len(name) + len(value))
-            super().on_header(name, value)
+            # A trailer comes after the body and by the same call; taken for a header it could bring a credential or a
+            # data class past a proxy that checked the head.
+            if not self._head_complete:
+                super().on_header(name, value)
 
         @override
         def on_headers_complete(self) -> None:
             self._stop_header_timer()
+            self._head_complete = True
             if self.transport.is_closing():
                 return
             super().on_headers_complete()
