@@ -45,6 +45,7 @@ class Script:
     finish_reason: str = "stop"
     first_delay_ms: float = 0.0
     wrong_ids: bool = False
+    interval: int = 1
 
     @classmethod
     def parse(cls, raw: bytes | dict[str, Any], base: Script) -> Script:
@@ -104,7 +105,8 @@ def stream_events(script: Script, model: str, *, chat: bool, num_choices: int) -
             for at in range(0, len(arguments), 5)
         ]
         return (*events, choice(0, {"content": ""}, "", "tool_calls"))
-    for piece in pieces(script):
+    cut = pieces(script)
+    for piece in ("".join(cut[at : at + script.interval]) for at in range(0, len(cut), script.interval)):
         events += [choice(i, {"content": piece}, piece) for i in range(num_choices)]
     return (*events, *(choice(i, {"content": ""}, "", script.finish_reason) for i in range(num_choices)))
 
@@ -260,6 +262,8 @@ class Connection(asyncio.Protocol):
         if not body.get("stream"):
             self._plain(script, body, ids, usage, chat=chat)
             return
+        # vLLM's own field: so many tokens in one event, for callers who don't watch them come.
+        script = replace(script, interval=max(1, int(body.get("stream_interval") or 1)))
         events = stream_events(script, engine.model, chat=chat, num_choices=num_choices)
         tail = _event({"id": "x", "object": "x", "created": 0, "model": engine.model, "choices": [], "usage": usage})
         tail += b"data: [DONE]\n\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import orjson
@@ -223,4 +224,5 @@ def build_public(deps: PublicDeps) -> ASGIApp:
     app.add_api_route("/livez", live, methods=["GET"], response_model=None)
     app.add_api_route("/readyz", ready, methods=["GET"], response_model=None)
     app.add_api_route("/", head, methods=["HEAD"], response_model=None)
-    return Edge(app, cors_origins=deps.cors_origins)
+    direct = {route: partial(Exchange, fmt, route, deps.traffic) for route, fmt in MODEL_ROUTES}
+    return Edge(app, cors_origins=deps.cors_origins, direct=direct)
