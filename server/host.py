@@ -7,11 +7,11 @@ import json
 import logging
 import os
 import socket
+import ssl
 import sys
 from dataclasses import dataclass
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import TYPE_CHECKING, Any
-from urllib.error import URLError
-from urllib.request import Request, urlopen
 
 from server.audit.client import SyncAuditClient
 from server.audit.entry import new_entry
@@ -259,15 +259,28 @@ class Host:
 
 
 def answers(settings: Settings, path: str) -> bool:
-    """Whether the public listener answers `path` with 200."""
-    scheme = "https" if settings.public.tls else "http"
-    host = settings.public.host if settings.public.host not in ("0.0.0.0", "::") else "127.0.0.1"  # noqa: S104
+    """Whether the public listener answers `path` with 200.
+
+    It is our own child at our own address: its certificate is not judged, for it names the host that callers know; no
+    proxy is asked; and where only callers with certificates are let in, a handshake alone shows that it lives.
+    """
+    public = settings.public
+    host = public.host if public.host not in ("0.0.0.0", "::") else "127.0.0.1"  # noqa: S104
+    connection = HTTPConnection(host, public.port, timeout=2)
+    if public.tls is not None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        connection = HTTPSConnection(host, public.port, timeout=2, context=context)
     try:
-        request = Request(f"{scheme}://{host}:{settings.public.port}{path}")  # noqa: S310 - our own address
-        with urlopen(request, timeout=2) as response:  # noqa: S310 - our own address
-            return bool(response.status == 200)
-    except (URLError, OSError):
+        connection.connect()
+        if path == "/livez" and public.tls is not None and public.tls.require_client_certificate:
+            return True
+        connection.request("GET", path)
+        return connection.getresponse().status == 200
+    except (OSError, HTTPException):
         return False
+    finally:
+        connection.close()
 
 
 def _check_ports(settings: Settings) -> None:
@@ -279,7 +292,9 @@ def _check_ports(settings: Settings) -> None:
 
 def _environment() -> dict[str, str]:
     """What our own processes inherit: nothing but what Python and the locale need."""
-    kept = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "TMPDIR", "PYTHONPATH")
+    # XDG_RUNTIME_DIR: the engines' sockets may lie there, and the gateway must look in the same place.
+    where = ("TMPDIR", "XDG_RUNTIME_DIR")
+    kept = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "PYTHONPATH", *where)
     # PYTHONSAFEPATH: a folder called `server` where somebody happens to start this must not be imported.
     fixed = {"PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"}
     return {name: os.environ[name] for name in kept if name in os.environ} | fixed

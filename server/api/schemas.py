@@ -14,6 +14,9 @@ _TYPES = {"string", "number", "integer", "boolean", "object", "array", "null"}
 # A quantified group that holds a quantifier: `(a+)+` backtracks exponentially in engines that backtrack.
 _NESTED_QUANTIFIER = re.compile(r"\([^()]*[+*}][^()]*\)\s*[+*{]")
 
+# A grammar compiler writes `a{60000}` out.
+_LONG_REPEAT = re.compile(r"\{\d*,?\d*\d{4}")
+
 
 def check_schema(schema: Any, param: str) -> None:
     """Check a JSON schema's size, depth, types, references and patterns.
@@ -54,12 +57,16 @@ def _check_node(node: dict[str, Any], param: str) -> None:
     pattern = node.get("pattern")
     if isinstance(pattern, str):
         _check_pattern(pattern, param)
+    names = node.get("patternProperties")
+    for name in names if isinstance(names, dict) else ():
+        _check_pattern(name, param)
 
 
 def _check_pattern(pattern: str, param: str) -> None:
-    if len(pattern) > MAX_PATTERN_CHARS or _NESTED_QUANTIFIER.search(pattern):
+    if len(pattern) > MAX_PATTERN_CHARS or _NESTED_QUANTIFIER.search(pattern) or _LONG_REPEAT.search(pattern):
         raise RequestError(
-            f"'{param}' has a pattern that is longer than {MAX_PATTERN_CHARS} characters or repeats a repetition.",
+            f"'{param}' has a pattern that is longer than {MAX_PATTERN_CHARS} characters, repeats a repetition, or "
+            "repeats something 1000 times or more.",
             param=param,
         )
     try:

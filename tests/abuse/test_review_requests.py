@@ -81,3 +81,25 @@ def test_an_unended_string_of_escapes_is_refused_in_linear_time():
 )
 def test_text_outside_the_messages_is_not_tokenized_on_the_event_loop(request_of_size):
     assert text_chars(request_of_size) > INLINE_CHARS
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"patternProperties": {"(a+)+$": {}}},
+        {"patternProperties": {"(": {}}},
+        {"type": "string", "pattern": "a{60000}"},
+        {"type": "string", "pattern": "a{1,60000}"},
+        {"type": "string", "pattern": "a{0060000,}"},
+    ],
+)
+def test_every_pattern_of_a_schema_is_bounded(schema):
+    wanted = {"type": "json_schema", "json_schema": {"schema": schema}}
+    with pytest.raises(RequestError):
+        FORMATS["/v1/chat/completions"].parse({**CHAT, "response_format": wanted})
+
+
+def test_ordinary_patterns_pass():
+    schema = {"patternProperties": {"^[a-z]{1,64}$": {"type": "string", "pattern": "^\\d{4}-\\d{2}$"}}}
+    wanted = {"type": "json_schema", "json_schema": {"schema": schema}}
+    assert FORMATS["/v1/chat/completions"].parse({**CHAT, "response_format": wanted}).payload.response_format
