@@ -139,7 +139,7 @@ class GuardSettings(_Section):
     """The scanners' workers and rules."""
 
     num_workers: int = Field(default=1, ge=1, le=64)
-    scan_timeout_ms: int = Field(default=250, ge=1)
+    scan_timeout_ms: int = Field(default=2000, ge=1)
 
 
 class AuditSettings(_Section):

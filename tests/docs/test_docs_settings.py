@@ -11,7 +11,7 @@ from server.settings import EngineSettings, ModelSettings, Settings, load_settin
 
 FILE = Path("configs/strongroom.yaml")
 # What the file sets for the embedded model, or by hand for the one machine.
-CHOSEN = {"models", "admin.port", "admin.max_connections", "guard.scan_timeout_ms"}
+CHOSEN = {"models", "admin.port", "admin.max_connections"}
 
 
 def sections(model: type[BaseModel], prefix: str = "") -> dict[str, Any]:
