@@ -102,4 +102,6 @@ def test_every_pattern_of_a_schema_is_bounded(schema):
 def test_ordinary_patterns_pass():
     schema = {"patternProperties": {"^[a-z]{1,64}$": {"type": "string", "pattern": "^\\d{4}-\\d{2}$"}}}
     wanted = {"type": "json_schema", "json_schema": {"schema": schema}}
-    assert FORMATS["/v1/chat/completions"].parse({**CHAT, "response_format": wanted}).payload.response_format
+    payload = FORMATS["/v1/chat/completions"].parse({**CHAT, "response_format": wanted}).payload
+    assert isinstance(payload, Chat)
+    assert payload.response_format

@@ -14,6 +14,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from typing_extensions import override
 
 from server.host import answers
 from server.settings import parse_settings
@@ -25,11 +26,13 @@ class Live(BaseHTTPRequestHandler):
         self.send_header("content-length", "0")
         self.end_headers()
 
+    @override
     def log_message(self, *_):
         """Say nothing."""
 
 
 class QuietServer(HTTPServer):
+    @override
     def handle_error(self, *_):
         """A refused handshake is what a test wants here."""
 
