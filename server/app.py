@@ -18,6 +18,7 @@ from server.audit.client import AuditClient
 from server.audit.entry import new_entry
 from server.audit.receipts import Receipts
 from server.audit.record import Audit
+from server.audit.texts import TenantKeys, TextStore
 from server.auth.api_key import KeyRing
 from server.auth.authenticator import Authenticator
 from server.auth.jwks import ProviderKeys
@@ -28,6 +29,7 @@ from server.auth.throttle import FailureThrottle, report_suppressed
 from server.engine.client import EngineClient, unix_address, url_address
 from server.engine.local import engine_paths
 from server.guard.guard import Guard
+from server.guard.secrets import without_secrets
 from server.obs.metrics import Metrics
 from server.pipeline import Pipeline
 from server.policy.budget import LimitedUse, UsageBook, sum_used
@@ -161,7 +163,10 @@ def build_gateway(settings: Settings) -> Gateway:
     }
     policy = PolicyEngine.load(settings.policy.directory, models=facts.get, quarantine=quarantine)
     appender = AuditClient(settings.audit_socket, answer_s=settings.audit.append_timeout_s)
-    audit = Audit(appender, text_key=load_secret(settings.keys_dir / "audit-text", "audit text key"))
+    text_key = load_secret(settings.keys_dir / "audit-text", "audit text key")
+    tenant_keys = TenantKeys(settings.state / "texts" / "keys", text_key)
+    texts = TextStore(settings.state / "texts", tenant_keys, redact=without_secrets)
+    audit = Audit(appender, text_key=text_key, tenant_keys=tenant_keys, texts=texts)
     guard = Guard(num_workers=settings.guard.num_workers, timeout_s=settings.guard.scan_timeout_ms / 1000)
     book = load_limits(settings.limits.file or settings.policy.directory / "limits.yaml")
     usage = UsageBook()
