@@ -31,7 +31,7 @@ from server.store.database import Store
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from server.settings import ModelSettings, Settings
+    from server.settings import ExportSettings, ModelSettings, Settings
 
 log = logging.getLogger("strongroom.host")
 
@@ -81,7 +81,9 @@ class Host:
             seal = settings.seal.model_copy(update={"trusted_signers": trusted, "kms": kms})
             settings = self.settings = settings.model_copy(update={"seal": seal})
         sources = self._open_models()
-        specs = (self._writer_spec(), self._gateway_spec(), *(self._engine_spec(m, s) for m, s in sources))
+        exports = [self._export_spec(number, export) for number, export in enumerate(settings.audit.exports, 1)]
+        engines = [self._engine_spec(model, source) for model, source in sources]
+        specs = (self._writer_spec(), *exports, self._gateway_spec(), *engines)
         supervisor = Supervisor(specs, self._on_event)
         supervisor.handle_signals()
         await supervisor.start(self._progress)
@@ -136,6 +138,25 @@ class Host:
             ready_limit_s=120.0,
             restart_policy=RestartPolicy(initial_s=0.2, max_restarts=5),
             log_path=settings.state / "logs" / "audit-writer.log",
+        )
+
+    def _export_spec(self, number: int, export: ExportSettings) -> ChildSpec:
+        settings = self.settings
+        argv = [sys.executable, "-m", "server.cli", "audit", "export", str(settings.audit_dir), "--to", export.to]
+        argv += ["--format", export.format, "--socket", str(settings.audit_socket)]
+        for option, path in (("--ca", export.ca), ("--certificate", export.certificate)):
+            argv += [option, str(path)] if path is not None else []
+
+        async def ready() -> bool:  # a receiver that is down must not keep the server from starting: entries wait
+            return True
+
+        return ChildSpec(
+            name=f"audit export {number}",
+            argv=tuple(argv),
+            env=_environment(),
+            ready=ready,
+            log_path=settings.state / "logs" / f"audit-export-{number}.log",
+            critical=False,
         )
 
     def _gateway_spec(self) -> ChildSpec:
@@ -241,7 +262,7 @@ class Host:
         if event in (ChildEvent.EXITED, ChildEvent.UNHEALTHY, ChildEvent.GAVE_UP):
             self.say(f"{child}: {event.replace('_', ' ')} {json.dumps(detail) if detail else ''}".rstrip())
         name = _EVENTS.get(event)
-        if name is None or child == "audit writer":  # the writer tells of itself
+        if name is None or child.startswith("audit "):  # the writer tells of itself, exports of their delays
             return
         kind, _, model = child.partition(" ")
         asyncio.get_running_loop().run_in_executor(None, self._record_child, f"supervisor:{kind}:{name}", model, detail)

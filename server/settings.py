@@ -142,12 +142,22 @@ class GuardSettings(_Section):
     scan_timeout_ms: int = Field(default=2000, ge=1)
 
 
+class ExportSettings(_Section):
+    """One receiver of the audit log; a process of its own ships to it and keeps its place across restarts."""
+
+    to: str
+    format: Literal["json", "cef", "ocsf"] = "json"
+    ca: Path | None = None
+    certificate: Path | None = None
+
+
 class AuditSettings(_Section):
     """The log's name and pace."""
 
     origin: str = "strongroom.local/audit"
     heartbeat_s: float = Field(default=60.0, gt=0)
     append_timeout_s: float = Field(default=10.0, gt=0)
+    exports: tuple[ExportSettings, ...] = ()
 
 
 class LimitSettings(_Section):
