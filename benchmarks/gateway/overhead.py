@@ -24,6 +24,7 @@ import uvloop
 
 from benchmarks.gateway.kit import MODEL, make_kit
 from benchmarks.gateway.load import closed_loop, http_request
+from benchmarks.sealed.picture import bars
 from server.engine.local import engine_paths
 
 PROSE = "Please explain how a hash map works and when a tree is better."
@@ -116,6 +117,15 @@ async def measure(kit, key: str, seconds: float) -> dict:
     return {"rows": rows, "fdatasync_median_ms": round(statistics.median(syncs), 3)}
 
 
+def picture(rows: list[dict]) -> str:
+    """Bars of requests a second; the engine alone is the limit of the same run."""
+    shown = {}
+    for row in rows:
+        kind = "streamed" if row["stream"] else "plain"
+        shown[f"{row['answer']}, {kind}, {row['connections']} connections"] = [row["requests_per_s"]] * 3
+    return bars("Gateway, everything on, one core: requests a second", shown)
+
+
 def show(row: dict) -> None:
     print("  ".join(f"{name}={value}" for name, value in row.items()), flush=True)
 
@@ -143,6 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=5.0, help="for each row")
     parser.add_argument("--state", type=Path, help="where the state folder is made; its disk is part of the figures")
     parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--svg", type=Path, help="write a picture here")
     args = parser.parse_args(argv)
     folder = Path(tempfile.mkdtemp(prefix="sr-bench-", dir=args.state))
     kit = make_kit(folder / "state")
@@ -165,6 +176,8 @@ def main(argv: list[str] | None = None) -> int:
         ).stdout.strip(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+    if args.svg:
+        args.svg.write_text(picture(result["rows"]))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0

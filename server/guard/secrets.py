@@ -386,6 +386,12 @@ def _compiled() -> tuple[
     return tokens, anchored
 
 
+@lru_cache(maxsize=1024)
+def _rules_of(word: str) -> tuple[int, ...]:
+    """Which token rules a literal may begin."""
+    return tuple(number for number, (_, literals, _, _) in enumerate(_compiled()[0]) if word in literals)
+
+
 def _pattern(before: str, chars: str, minimum: int, *, live: bool) -> re.Pattern[str]:
     quantity = f"{{1,{MAX_VALUE_CHARS}}}\\Z" if live else f"{{{minimum},{MAX_VALUE_CHARS}}}"
     return re.compile(f"(?:{before})(?P<v>{chars}{quantity})")
@@ -586,9 +592,8 @@ def _spans(text: str) -> Iterator[Finding]:
     words = _words().found(text)
     if not words:
         return
-    for rule, literals, pattern, floor in tokens:
-        if words.isdisjoint(literals):
-            continue
+    for number in sorted({number for word in words for number in _rules_of(word)}):
+        rule, _, pattern, floor = tokens[number]
         for match in pattern.finditer(text):
             value = match["v"]
             if (
