@@ -266,13 +266,19 @@ class Verifier:
             self._check_signature(last)
 
     def _settle(self) -> None:
-        """Check the ends; a log that is being written may have grown past what was read, so read on and look again."""
+        """Check the ends; a log that is being written may have grown past what was read, so read on and look again.
+
+        A busy writer can outrun every look. Then what was read is verified, commit by commit, and only the newest tiles
+        are left uncompared; a copy of a log, which no writer holds, gets no such grace.
+        """
         for attempt in range(_MAX_ATTEMPTS):
             try:
                 self._check_ends()
             except (VerificationError, FileNotFoundError) as err:
                 moved_on = isinstance(err, FileNotFoundError) and self._is_live()
-                if attempt + 1 == _MAX_ATTEMPTS or not self._use_journal or not (self._read_on() or moved_on):
+                if not self._use_journal or not (self._read_on() or moved_on):
+                    raise
+                if attempt + 1 == _MAX_ATTEMPTS and not self._is_live():
                     raise
             else:
                 return
@@ -280,18 +286,21 @@ class Verifier:
     def _read_on(self) -> bool:
         """Read what the journal got since; return whether there was anything."""
         before = self._tree.size
-        first, path = journal.list_segments(self._directory)[-1]
-        with path.open("rb") as file:
-            if first == before:
-                self._offset = journal.read_segment_line(file, self._key.name, first)
-            elif first > before:
-                return False
-            try:
-                self._walk_segment(file)
-            except JournalError:
-                if self._tree.size != self._good or not self._is_live():
-                    raise
-                time.sleep(_RETRY_S)
+        segments = journal.list_segments(self._directory)
+        for number, (first, path) in enumerate(segments):
+            if first > self._tree.size:
+                break
+            if number + 1 < len(segments) and segments[number + 1][0] <= self._tree.size:
+                continue  # read to its end
+            with path.open("rb") as file:
+                if first == self._tree.size:
+                    self._offset = journal.read_segment_line(file, self._key.name, first)
+                try:
+                    self._walk_segment(file)
+                except JournalError:
+                    if self._tree.size != self._good or not self._is_live():
+                        raise
+                    time.sleep(_RETRY_S)
         return self._tree.size > before
 
     def _is_live(self) -> bool:
