@@ -209,6 +209,9 @@ class Host:
             tool_parser=engine.tool_parser,
             reasoning_parser=engine.reasoning_parser,
             manifest_sha256=source.manifest_digest,
+            ban_control_tokens=engine.ban_control_tokens,
+            keep_control_tokens=engine.keep_control_tokens,
+            device_open=engine.device_open,
             extra_args=dict(engine.extra_args),
             network_isolation=settings.seal.network_isolation,
         )

@@ -92,6 +92,9 @@ class EngineSettings(_Section):
     max_num_seqs: int | None = Field(default=None, ge=1)
     tool_parser: str | None = None
     reasoning_parser: str | None = None
+    ban_control_tokens: bool = False
+    keep_control_tokens: tuple[str, ...] = ()
+    device_open: Literal["auto", "interpret", "off"] = "auto"
     extra_args: dict[str, str | None] = Field(default_factory=dict)
     start_timeout_s: float = Field(default=900.0, gt=0)
 
