@@ -214,10 +214,6 @@ class Settings(_Section):
         """Where the audit writer listens."""
         return run_dir(self.state) / "audit.sock"
 
-    def engine_socket(self, model_id: str) -> Path:
-        """Where a model's engine listens; a short digest stands for the id, for the path's length is bounded."""
-        return run_dir(self.state) / f"engine-{hashlib.sha256(model_id.encode()).hexdigest()[:8]}" / "api.sock"
-
 
 class _StrictLoader(yaml.SafeLoader):
     """YAML without duplicate keys."""
