@@ -138,6 +138,11 @@ class ModelRegistry:
         self.models = models
         self._by_name = {name: model for model in models for name in (model.id, *model.settings.aliases)}
 
+    def id_of(self, name: str) -> str | None:
+        """Return the id of the model of this id or alias; None where there is none."""
+        model = self._by_name.get(name)
+        return None if model is None else model.id
+
     def find(self, name: str) -> ServedModel:
         """Return the model of this id or alias.
 

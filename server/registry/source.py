@@ -13,25 +13,40 @@ from server.sealed.signature import TrustedSigner
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from server.sealed.stage import OpenedFiles
     from server.settings import ModelSettings, SealSettings
 
+CONFIG_NAME = "config.json"
+GENERATION_NAME = "generation_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """What the gateway and the supervisor need to know of a sealed model. `digest` is the core's, in hex."""
+    """What the gateway and the supervisor need to know of a sealed model.
+
+    `digest` is the core's, in hex; `end_ids` are the tokens that may end an answer.
+    """
 
     digest: str
     manifest_digest: str
     version: int
     signer: str | None
     max_model_len: int
+    end_ids: frozenset[int]
     files: Mapping[str, bytes]
 
 
-def open_model(model: ModelSettings, seal: SealSettings, *, floor: int) -> ModelSource:
+def open_model(
+    model: ModelSettings, seal: SealSettings, *, floor: int, opened: OpenedFiles | None = None
+) -> ModelSource:
     """Check a sealed model's folder and read its configuration.
+
+    Args:
+        model: The model's settings.
+        seal: Whose signature counts.
+        floor: The lowest version that may be opened.
+        opened: The files of a model that has them sealed; needed for such a model, and for no other.
 
     Raises:
         SealError: The model was refused.
@@ -43,9 +58,21 @@ def open_model(model: ModelSettings, seal: SealSettings, *, floor: int) -> Model
         raise ConfigError(
             f"{model.path} holds the model '{sealed.core.model_id}', the settings expect '{model.id}'; mend either."
         )
-    names = {record.name for record in sealed.manifest.files}
-    files = {name: read_plain_file(sealed, name) for name in TOKENIZER_FILES if name in names}
-    config: dict[str, Any] = json.loads(read_plain_file(sealed, "config.json"))
+    if sealed.sealed_files is None:
+        names = {record.name for record in sealed.manifest.files} & {*TOKENIZER_FILES, CONFIG_NAME, GENERATION_NAME}
+        contents: Mapping[str, bytes] = {name: read_plain_file(sealed, name) for name in names}
+    elif opened is not None and opened.manifest_digest == sealed.manifest_digest.hex():
+        contents = opened.files
+    else:
+        raise ConfigError(
+            f"{model.path} has its config and tokenizer sealed; only 'strongroom serve' can hand them to this process."
+            if opened is None
+            else f"{model.path} was replaced since its files were opened. Start again."
+        )
+    files = {name: contents[name] for name in TOKENIZER_FILES if name in contents}
+    if CONFIG_NAME not in contents:
+        raise ConfigError(f"{model.path} was sealed without a {CONFIG_NAME}, so no engine can serve it. Seal it again.")
+    config: dict[str, Any] = json.loads(contents[CONFIG_NAME])
     max_model_len = config.get("max_position_embeddings")
     if not isinstance(max_model_len, int):
         raise ConfigError(f"{model.path}/config.json names no context length; set engine.max_model_len.")
@@ -55,5 +82,11 @@ def open_model(model: ModelSettings, seal: SealSettings, *, floor: int) -> Model
         version=sealed.core.version,
         signer=sealed.signer,
         max_model_len=max_model_len,
+        end_ids=_end_ids(config) | _end_ids(json.loads(contents.get(GENERATION_NAME, b"{}"))),
         files=files,
     )
+
+
+def _end_ids(config: dict[str, Any]) -> frozenset[int]:
+    found = config.get("eos_token_id")
+    return frozenset([found] if isinstance(found, int) else found or [])

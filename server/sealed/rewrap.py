@@ -8,6 +8,7 @@ import os
 from typing import TYPE_CHECKING
 
 from server.errors import ConfigError
+from server.sealed.agent import release_key
 from server.sealed.envelope import unwrap_from_any, verify_key_check, wrap_for_all
 from server.sealed.format import RECIPIENTS_NAME, RECIPIENTS_TMP_NAME, marshal_recipients, parse_recipients
 from server.sealed.kms.base import KeyContext
@@ -18,13 +19,19 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
     from pathlib import Path
 
+    from server.sealed.agent import Record
     from server.sealed.format import Recipient
-    from server.sealed.kms.base import KMS
+    from server.sealed.kms.base import KMS, DataKey
     from server.sealed.model import SealedModel
 
 
 def rewrap(
-    model: SealedModel, *, services: Sequence[KMS], to: Sequence[KMS], keep: bool = False
+    model: SealedModel,
+    *,
+    services: Sequence[KMS],
+    to: Sequence[KMS],
+    keep: bool = False,
+    record: Record | None = None,
 ) -> tuple[Recipient, ...]:
     """Wrap the data key of an opened model anew; atomic: the old recipients or the new ones are on disk, never half.
 
@@ -34,6 +41,7 @@ def rewrap(
         to: Whom it is wrapped for.
         keep: Keep the other recipients; false removes them. A removed recipient that saw the data key before
             still knows it: to cut somebody off for good, seal the model again.
+        record: Where release or refusal go, and the intent before a key service is asked; None for nowhere.
 
     Returns:
         All recipients, as written.
@@ -47,8 +55,7 @@ def rewrap(
         raise ConfigError("Name at least one key service to wrap the key for: --to URI.")
     forbid_core_dumps()  # from here on this process holds a data key
     context = KeyContext.of(model.core)
-    with _locked(model.path), unwrap_from_any(model.recipients, services, context) as data_key:
-        verify_key_check(data_key, model.core_digest, model.manifest.key_check)
+    with _locked(model.path), _release(model, services, context, record) as data_key:
         new = wrap_for_all(data_key, to, context)
         replaced = {(r.kms, r.key_id) for r in new}
         kept = tuple(r for r in model.recipients if keep and (r.kms, r.key_id) not in replaced)
@@ -56,6 +63,14 @@ def rewrap(
         parse_recipients(content)  # never write what a reader refuses
         _replace(model.path, content)
     return kept + new
+
+
+def _release(model: SealedModel, services: Sequence[KMS], context: KeyContext, record: Record | None) -> DataKey:
+    if record is not None:
+        return release_key(model, services, record, act="rewrap")
+    data_key = unwrap_from_any(model.recipients, services, context)
+    verify_key_check(data_key, model.core_digest, model.manifest.key_check)
+    return data_key
 
 
 def _replace(folder: Path, content: bytes) -> None:

@@ -305,9 +305,11 @@ class ShardReader:
                 self._open_chunk(first_chunk + piece, file_offset + start, target)
                 return
             whole = memoryview(bytearray(stop - start))
-            self._open_chunk(first_chunk + piece, file_offset + start, whole)
-            target[:] = whole[low - start : high - start]
-            whole[:] = bytes(len(whole))
+            try:
+                self._open_chunk(first_chunk + piece, file_offset + start, whole)
+                target[:] = whole[low - start : high - start]
+            finally:  # a forged chunk is decrypted before its tag is found wrong
+                whole[:] = bytes(len(whole))
 
         # `next` on a range is atomic, so all threads draw from one iterator: a slow one takes fewer pieces.
         remaining = iter(pieces)

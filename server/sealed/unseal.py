@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Final
 
 from server.errors import ConfigError
 from server.sealed.memory import is_memory_backed
-from server.sealed.model import read_plain_file
 from server.sealed.shard import ShardReader
+from server.sealed.stage import read_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,8 +35,8 @@ def check_target(out: Path, *, force: bool) -> None:
         raise ConfigError(f"{out} must be a new folder in a folder that exists.")
     if not force and not is_memory_backed(parent):
         raise ConfigError(
-            f"{parent} is on a disk: plaintext weights would stay there even after they are deleted. Choose a tmpfs "
-            f"(/dev/shm), or insist with --force."
+            f"{parent} is on a disk, or on a tmpfs beside swap: plaintext weights would stay there even after they are "
+            f"deleted. Choose a tmpfs (/dev/shm) on a machine without swap, or insist with --force."
         )
 
 
@@ -53,14 +53,8 @@ def unseal(model: SealedModel, data_key: Bytes, out: Path, *, progress: Callable
     except OSError as err:
         raise ConfigError(f"{out} cannot be made: {err.strerror}.") from err
     try:
-        for record in model.manifest.files:
-            _write(out / record.name, read_plain_file(model, record.name))
-        if model.sealed_files is not None:
-            with ShardReader(model.path, model.sealed_files, model.core, data_key) as reader:
-                for entry in reader.index.entries:
-                    content = bytearray(entry.num_bytes)
-                    reader.read_into(entry.name, memoryview(content))
-                    _write(out / entry.name, content)
+        for name, content in read_files(model, data_key).items():
+            _write(out / name, content)
         for shard in model.weights:
             name = shard.record.name.removesuffix(".sealed") + ".safetensors"
             with ShardReader(model.path, shard, model.core, data_key) as reader:

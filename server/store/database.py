@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Self
 from alembic import command
 from alembic.config import Config
 from alembic.util.exc import CommandError
-from sqlalchemy import Connection, Engine, create_engine, event, insert, select, text, update
+from sqlalchemy import Connection, Engine, create_engine, event, select, text, update
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from server.errors import ConfigError, UnavailableError
-from server.store.tables import counters, model_floors
+from server.store.tables import counters
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -92,24 +92,6 @@ class Store:
             connection.begin(),
         ):
             yield connection
-
-    def get_floor(self, model: str) -> int:
-        """Return the lowest version of `model` that may start; 0 where none was set."""
-        with self.read() as connection:
-            found = connection.scalar(select(model_floors.c.version).where(model_floors.c.model == model))
-        return int(found or 0)
-
-    def set_floor(self, model: str, version: int, *, by: str) -> int:
-        """Set the floor of `model`, up or down; return the one before. Lowering it is an explicit act: log it."""
-        with self.write() as connection:
-            next_seq(connection)
-            before = connection.scalar(select(model_floors.c.version).where(model_floors.c.model == model))
-            values: dict[str, Any] = {"version": version, "set_at_s": self.clock(), "set_by": by}
-            if before is None:
-                connection.execute(insert(model_floors).values(model=model, **values))
-            else:
-                connection.execute(update(model_floors).where(model_floors.c.model == model).values(**values))
-        return int(before or 0)
 
 
 def next_seq(connection: Connection) -> int:

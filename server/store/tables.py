@@ -6,7 +6,7 @@ number of the change that last touched a row: a replica that has seen changes up
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, Column, Double, Index, Integer, MetaData, String, Table, Text
+from sqlalchemy import BigInteger, Column, Double, Index, Integer, LargeBinary, MetaData, String, Table, Text
 
 metadata = MetaData()
 
@@ -62,6 +62,7 @@ model_floors = Table(
     Column("version", BigInteger, nullable=False),
     Column("set_at_s", Double, nullable=False),
     Column("set_by", String(256), nullable=False),
+    Column("lowered_at_s", Double, nullable=False, server_default="0"),
 )
 
 usage = Table(
@@ -78,4 +79,16 @@ usage = Table(
     Column("completion_tokens", BigInteger, nullable=False),
     Column("cost_micros", BigInteger, nullable=False),
     Index("usage_by_tenant", "tenant", "hour"),
+)
+
+responses = Table(
+    "responses",
+    metadata,
+    Column("tenant", String(256), primary_key=True),
+    Column("subject", String(256), primary_key=True),
+    Column("id", String(64), primary_key=True),
+    Column("created_at_s", Double, nullable=False),
+    Column("expires_at_s", Double, nullable=False),
+    Column("sealed", LargeBinary, nullable=False),
+    Index("responses_by_expiry", "expires_at_s"),
 )

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 
 from server.errors import StartError
@@ -27,6 +28,12 @@ folder = Path(sys.argv[1])
 seal_model(folder / "source", folder / "sealed", model_id="big", version=1,
            services=[LocalKMS(folder / "kms.key")], signer=None)
 """
+QUANTIZE = SEAL.replace(
+    'seal_model(folder / "source",', 'seal_model(quantize_source(load_source(folder / "source"), "w8a8"),'
+)
+QUANTIZE = (
+    "from server.sealed.quantize import quantize_source\nfrom server.sealed.source import load_source\n" + QUANTIZE
+)
 LOAD = """
 import sys
 from pathlib import Path
@@ -105,6 +112,12 @@ def small_model(tmp_path: Path) -> bytes:
     return data
 
 
+def written_by(trace: Path) -> bytes:
+    """All bytes that the traced calls wrote."""
+    found = re.findall(r'"((?:\\x[0-9a-f]{2})+)"', trace.read_text())
+    return b"".join(bytes.fromhex(text.replace("\\x", "")) for text in found)
+
+
 @pytest.mark.parametrize("program", [SEAL, LOAD], ids=["seal", "load"])
 def test_no_system_call_writes_plaintext(tmp_path: Path, program: str) -> None:
     data = small_model(tmp_path)
@@ -112,9 +125,7 @@ def test_no_system_call_writes_plaintext(tmp_path: Path, program: str) -> None:
         assert run(SEAL, tmp_path).returncode == 0
     trace = tmp_path / "trace"
     assert run(program, tmp_path, trace=trace).returncode == 0
-    written = b"".join(
-        bytes.fromhex(text.replace("\\x", "")) for text in re.findall(r'"((?:\\x[0-9a-f]{2})+)"', trace.read_text())
-    )
+    written = written_by(trace)
     if program is SEAL:
         assert len(written) > len(data)  # the trace does see what is written
     for offset in range(0, len(data) - 64, 4096):
@@ -122,6 +133,33 @@ def test_no_system_call_writes_plaintext(tmp_path: Path, program: str) -> None:
     for path in tmp_path.rglob("*"):
         if path.is_file() and path.parent.name != "source" and path != trace:
             assert data[:64] not in path.read_bytes()
+
+
+# compressed-tensors imports a part of torch that announces its end.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+def test_no_system_call_of_quantize_writes_plaintext(tmp_path: Path) -> None:
+    """Neither the weight as it came nor the integers that it became; they are computed here as well."""
+    from server.sealed.quantize import quantize_source
+    from server.sealed.source import load_source
+    from tests.unit.sealed.workshop import plaintext
+
+    open_workshop(tmp_path)
+    (tmp_path / "source").mkdir()
+    generator = numpy.random.default_rng(7)
+    weight = (generator.standard_normal((512, 1024)).astype("<f4").view("<u4") >> 16).astype("<u2").tobytes()  # bf16
+    info = {"layers.0.up.weight": {"dtype": "BF16", "shape": [512, 1024], "data_offsets": [0, len(weight)]}}
+    header = json.dumps(info).encode()
+    (tmp_path / "source" / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + weight)
+    (tmp_path / "source" / "config.json").write_text("{}")
+    integers = plaintext(quantize_source(load_source(tmp_path / "source"), "w8a8"))["layers.0.up.weight"]
+    trace = tmp_path / "trace"
+    done = run(QUANTIZE, tmp_path, trace=trace)
+    assert done.returncode == 0, done.stderr[-2000:]
+    written = written_by(trace)
+    assert len(written) > len(integers) == 512 * 1024
+    for data in (weight, integers):
+        for offset in range(0, len(data) - 64, 4096):
+            assert data[offset : offset + 64] not in written
 
 
 def test_a_process_that_holds_plaintext_leaves_no_core(tmp_path: Path) -> None:
@@ -170,6 +208,7 @@ def test_whoever_touches_a_data_key_can_not_be_dumped(tmp_path: Path, program: s
         "import ctypes, resource\n"
         "assert ctypes.CDLL(None).prctl(3, 0, 0, 0, 0) == 0\n"  # PR_GET_DUMPABLE
         "assert resource.getrlimit(resource.RLIMIT_CORE) == (0, 0)\n"
+        "assert int(Path('/proc/self/coredump_filter').read_text(), 16) == 0\n"
     )
     done = run(program + asking, tmp_path)
     assert done.returncode == 0, done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -10,14 +11,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from cryptography.hazmat.primitives import serialization
+from typing_extensions import override
 
 from server.errors import ConfigError, SealError
 from server.sealed.kms.local import LocalKMS, create_key_file
 from server.sealed.model import open_sealed
 from tests.unit.sealed.workshop import Workshop, load, open_workshop, tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ROOT = Path(__file__).parents[2]
 SEED = 20261122
@@ -36,11 +42,30 @@ started = time.monotonic()
 seal_model(source, out, model_id="tiny", version=1, services=[kms], signer=signer, chunk_bytes=1 << 16)
 print(time.monotonic() - started, flush=True)
 """
-QUANTIZE = SEAL.replace("seal_model(source,", "seal_model(quantize_source(load_source(source), 'w8a8'),").replace(
-    "import sys, time",
-    "import sys, time, compressed_tensors.quantization.lifecycle.forward\n"
-    "from server.sealed.quantize import quantize_source\nfrom server.sealed.source import load_source",
-)
+# torch takes seconds to import: one process does it, and each run is a fork of it.
+QUANTIZE = """
+import os, sys, time
+from pathlib import Path
+import compressed_tensors.quantization.lifecycle.forward, torch
+from server.sealed.kms.local import LocalKMS
+from server.sealed.quantize import quantize_source
+from server.sealed.seal import seal_model
+from server.sealed.signature import LocalSigner
+from server.sealed.source import load_source
+torch.set_num_threads(1)
+for line in sys.stdin:
+    folder, source, out = map(Path, line.split())
+    pid = os.fork()
+    if pid == 0:
+        kms, signer = LocalKMS(folder / "kms.key"), LocalSigner.load(folder / "sign.pem")
+        print(os.getpid(), flush=True)
+        started = time.monotonic()
+        seal_model(quantize_source(load_source(source), "w8a8"), out, model_id="tiny", version=1, services=[kms],
+                   signer=signer, chunk_bytes=1 << 16)
+        print(time.monotonic() - started, flush=True)
+        os._exit(0)
+    print("killed" if os.WIFSIGNALED(os.waitpid(pid, 0)[1]) else "ended", flush=True)
+"""
 REWRAP = """
 import sys, time
 from pathlib import Path
@@ -82,6 +107,62 @@ def run_killed(program: str, after_s: float, *args: Path) -> bool:
     return process.returncode == -signal.SIGKILL
 
 
+class Runs:
+    """Starts of `SEAL`, each a process of its own."""
+
+    def whole(self, *args: Path) -> float:
+        return run_whole(SEAL, *args)
+
+    def killed(self, after_s: float, *args: Path) -> bool:
+        return run_killed(SEAL, after_s, *args)
+
+
+class Forks(Runs):
+    """Runs of `QUANTIZE`, forked from one process."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", QUANTIZE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+
+    def _begin(self, *args: Path) -> int:
+        assert self.process.stdin is not None
+        self.process.stdin.write(" ".join(map(str, args)) + "\n")
+        self.process.stdin.flush()
+        return int(self._line())
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    @override
+    def whole(self, *args: Path) -> float:
+        self._begin(*args)
+        seconds = float(self._line())
+        assert self._line() == "ended"
+        return seconds
+
+    @override
+    def killed(self, after_s: float, *args: Path) -> bool:
+        pid = self._begin(*args)
+        time.sleep(after_s)
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            os.kill(pid, signal.SIGKILL)
+        last = self._line()
+        return (self._line() if last not in ("killed", "ended") else last) == "killed"
+
+    def close(self) -> None:
+        self.process.communicate(timeout=60)
+
+
+@pytest.fixture
+def forks() -> Iterator[Forks]:
+    forks = Forks()
+    yield forks
+    forks.close()
+
+
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     workshop = open_workshop(tmp_path_factory.mktemp("sigkill"))
@@ -114,15 +195,15 @@ def write_safetensors(path: Path, name: str, data: bytes, *, columns: int | None
     path.write_bytes(len(header).to_bytes(8, "little") + header + data)
 
 
-def seal_campaign(workshop: Workshop, rounds: int, *, program: str = SEAL, plain: str = "source") -> int:
+def seal_campaign(workshop: Workshop, rounds: int, runs: Runs, *, plain: str = "source") -> int:
     folder, source = workshop.folder, workshop.folder / plain
     before = {p.name: p.read_bytes() for p in source.iterdir()}
-    whole_s = run_whole(program, folder, source, folder / "whole")
+    whole_s = runs.whole(folder, source, folder / "whole")
     expected = load(folder / "whole", workshop)
     generator = random.Random(SEED)  # noqa: S311 - seeded on purpose
     out, num_killed = folder / "killed", 0
     for _ in range(rounds):
-        num_killed += run_killed(program, generator.uniform(0, whole_s * 1.1), folder, source, out)
+        num_killed += runs.killed(generator.uniform(0, whole_s * 1.1), folder, source, out)
         if out.exists():
             assert load(out, workshop) == expected
             for path in out.iterdir():
@@ -135,7 +216,7 @@ def seal_campaign(workshop: Workshop, rounds: int, *, program: str = SEAL, plain
                 assert load(hidden, workshop) == expected
             except SealError as err:
                 assert err.kind in ("header", "signature")  # noqa: PT017 - both outcomes are right
-    run_whole(program, folder, source, out)
+    runs.whole(folder, source, out)
     assert load(out, workshop) == expected
     assert not (folder / ".killed.sealing").exists()
     assert {p.name: p.read_bytes() for p in source.iterdir()} == before
@@ -169,24 +250,27 @@ def rewrap_campaign(workshop: Workshop, rounds: int) -> int:
 
 
 def test_seal_killed_at_random_moments(workshop: Workshop) -> None:
-    assert seal_campaign(workshop, 12) >= 4
+    assert seal_campaign(workshop, 12, Runs()) >= 4
 
 
 def test_rewrap_killed_at_random_moments(workshop: Workshop) -> None:
     assert rewrap_campaign(workshop, 8) >= 3
 
 
+def test_quantize_killed_at_random_moments(workshop: Workshop, forks: Forks) -> None:
+    assert seal_campaign(workshop, 12, forks, plain="layers") >= 4
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_seal_killed_at_a_hundred_moments(workshop: Workshop) -> None:
-    assert seal_campaign(workshop, 100) >= 50
+    assert seal_campaign(workshop, 100, Runs()) >= 50
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_quantize_killed_at_twenty_moments(workshop: Workshop) -> None:
-    """Fewer than for the others: each start imports torch. The writing is seal's own."""
-    assert seal_campaign(workshop, 20, program=QUANTIZE, plain="layers") >= 10
+def test_quantize_killed_at_a_hundred_moments(workshop: Workshop, forks: Forks) -> None:
+    assert seal_campaign(workshop, 100, forks, plain="layers") >= 50
 
 
 @pytest.mark.slow

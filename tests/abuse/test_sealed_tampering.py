@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import itertools
 import json
+import os
 import random
 import re
 import shutil
@@ -14,8 +16,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from server.errors import KMSDeniedError, SealError, StartError
-from server.sealed.format import HEADER_BYTES, TAG_BYTES, parse_header
+from server.sealed.format import HEADER_BYTES, TAG_BYTES, canonical_json, parse_header
 from server.sealed.shard import ShardReader
+from server.sealed.signature import verify_bundle
+from server.sealed.stream import ShardCipher
 from tests.unit.sealed.workshop import CHUNK_BYTES, Workshop, load, open_workshop
 
 if TYPE_CHECKING:
@@ -259,45 +263,110 @@ def test_wrapped_key_under_another_context(target: Target, workshop: Workshop) -
         )
 
 
-def test_tensors_renamed_or_exchanged_by_a_holder_of_the_data_key(target: Target) -> None:
-    """Whoever had the data key once can seal chunks of his own; the signature over the tags refuses them."""
-    from server.sealed.stream import ShardCipher
-
-    model, key = released(target)
-    shard = model.weights[0]
-    data = bytearray(target.pristine[FIRST])
-    header = shard.header
-    cipher = ShardCipher(model.core.suite, key, header, FIRST)
-    index = memoryview(bytearray(header.index_bytes))
-    sealed = bytes(data[HEADER_BYTES : header.payload_offset]) + shard.tags[:TAG_BYTES]
-    cipher.open_into(0, sealed, index)
-    renamed = bytes(index).replace(b"embed", b"exact", 1)
-    out = bytearray(len(renamed) + TAG_BYTES)
-    cipher.seal_into(0, renamed, out)
-    data[HEADER_BYTES : header.payload_offset] = out[:-TAG_BYTES]
-    data[header.tags_offset : header.tags_offset + TAG_BYTES] = out[-TAG_BYTES:]
-    target.put(FIRST, bytes(data))
-    refusal = target.refused(naming=FIRST)
-    assert isinstance(refusal, SealError)
-    assert refusal.kind == "signature"
-
-
-def test_a_shard_replaced_between_verification_and_load(target: Target, workshop: Workshop) -> None:
-    """Even by chunks that the right data key sealed: the reader uses the tags that were verified, not those on disk."""
-    model, key = released(target)
-    other = bytearray(target.pristine[FIRST])
-    other[model.weights[0].header.payload_offset] ^= 1
-    replaced = target.path / "replacement"
-    replaced.write_bytes(other)
-    replaced.rename(target.path / FIRST)
-    with ShardReader(target.path, model.weights[0], model.core, key) as reader:
-        buffer = bytearray(153_600)
+def test_every_bit_of_the_signature_itself(target: Target) -> None:
+    """Of the bytes that the signer computed; the file around them has a campaign of its own."""
+    bundle = json.loads(target.pristine["model.sig"])
+    (entry,) = bundle["dsseEnvelope"]["signatures"]
+    signature = base64.b64decode(entry["sig"])
+    assert len(signature) > 60
+    for bit in range(len(signature) * 8):
+        altered = bytearray(signature)
+        altered[bit // 8] ^= 1 << bit % 8
+        entry["sig"] = base64.b64encode(altered).decode()
         with pytest.raises(SealError) as refused:
+            verify_bundle(canonical_json(bundle), trusted=target.workshop.trusted)
+        assert refused.value.kind == "signature"
+    entry["sig"] = base64.b64encode(signature).decode()
+    verify_bundle(canonical_json(bundle), trusted=target.workshop.trusted)
+
+
+class Resealer:
+    """Whoever had the data key once: seals chunks of the first shard anew, with the right key, nonce and data."""
+
+    def __init__(self, target: Target) -> None:
+        model, self.key = released(target)
+        self.model, self.shard = model, model.weights[0]
+        self.header = self.shard.header
+        self.cipher = ShardCipher(model.core.suite, self.key, self.header, FIRST)
+        self.data = bytearray(target.pristine[FIRST])
+
+    def _range(self, chunk: int) -> slice:
+        if chunk == 0:
+            return slice(HEADER_BYTES, self.header.payload_offset)
+        start = self.header.payload_offset + (chunk - 1) * CHUNK_BYTES
+        return slice(start, start + CHUNK_BYTES)
+
+    def open(self, chunk: int) -> bytes:
+        sealed = bytes(self.data[self._range(chunk)])
+        plain = memoryview(bytearray(len(sealed)))
+        self.cipher.open_into(chunk, sealed + self.shard.tags[TAG_BYTES * chunk :][:TAG_BYTES], plain)
+        return bytes(plain)
+
+    def seal(self, chunk: int, plain: bytes) -> None:
+        out = bytearray(len(plain) + TAG_BYTES)
+        self.cipher.seal_into(chunk, plain, out)
+        self.data[self._range(chunk)] = out[:-TAG_BYTES]
+        tag = self.header.tags_offset + TAG_BYTES * chunk
+        self.data[tag : tag + TAG_BYTES] = out[-TAG_BYTES:]
+
+
+def test_tensors_renamed_or_exchanged_by_a_holder_of_the_data_key(target: Target) -> None:
+    """The signature over the tags refuses what the right key sealed."""
+    resealer = Resealer(target)
+    index = resealer.open(0)
+    first, second = resealer.open(1), resealer.open(2)
+    assert b"embed" in index
+    assert first != second
+    changes = {
+        "renamed": {0: index.replace(b"embed", b"exact", 1)},
+        "names exchanged": {0: index.replace(b"embed", b"?", 1).replace(b"exact", b"embed").replace(b"?", b"exact")},
+        "values exchanged": {1: second, 2: first},
+        "a value changed": {1: bytes([first[0] ^ 1]) + first[1:]},
+    }
+    for change in changes.values():
+        resealer = Resealer(target)
+        for chunk, plain in change.items():
+            resealer.seal(chunk, plain)
+        assert resealer.data != target.pristine[FIRST]
+        target.put(FIRST, bytes(resealer.data))
+        refusal = target.refused(naming=FIRST)
+        assert isinstance(refusal, SealError)
+        assert refusal.kind == "signature"
+
+
+def test_a_shard_replaced_between_verification_and_load(target: Target) -> None:
+    """Even by chunks that the right data key sealed: the reader uses the tags that were verified, not those on disk."""
+    for chunk in (0, 1, 2):
+        resealer = Resealer(target)
+        resealer.seal(chunk, bytes(b ^ 1 for b in resealer.open(chunk)))
+        replaced = target.path / "replacement"
+        replaced.write_bytes(resealer.data)
+        replaced.rename(target.path / FIRST)
+        buffer = bytearray(153_600)
+        with (
+            pytest.raises(SealError) as refused,
+            ShardReader(target.path, resealer.shard, resealer.model.core, resealer.key) as reader,
+        ):
             reader.read_into("embed", memoryview(buffer))
-    assert refused.value.detail.startswith(f"{FIRST}: chunk 1 of ")
-    target.put(FIRST, target.pristine[FIRST][:-3000])
+        assert refused.value.kind == "payload"
+        assert refused.value.detail.startswith(f"{FIRST}: chunk {chunk} of ")
+        assert buffer == bytes(len(buffer))
+        target.restore()
+
+
+def test_a_shard_exchanged_or_cut_while_it_is_open(target: Target) -> None:
+    """Written over in place, the file that is open is another one from one tensor to the next."""
+    model, key = released(target)
     with ShardReader(target.path, model.weights[0], model.core, key) as reader:
+        reader.read_into("embed", memoryview(bytearray(153_600)))
+        with (target.path / FIRST).open("r+b") as file:
+            file.seek(model.weights[0].header.payload_offset)
+            file.write(bytes(model.weights[0].header.payload_bytes))
         last = reader.index.entries[-1]
+        for entry in (reader.index.entries[0], last):
+            with pytest.raises(SealError, match="refused"):
+                reader.read_into(entry.name, memoryview(bytearray(entry.num_bytes)))
+        os.truncate(target.path / FIRST, len(target.pristine[FIRST]) - 3000)
         with pytest.raises(SealError, match="refused"):
             reader.read_into(last.name, memoryview(bytearray(last.num_bytes)))
 

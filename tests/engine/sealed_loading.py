@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -40,8 +41,18 @@ def key_agent(job: dict[str, Any]):
     thread.join(10)
 
 
-def load(folder: str, load_format: str, extra: dict[str, Any], quantization: str | None) -> tuple[Any, float]:
-    """Return the model and the seconds that vLLM spent in `load_weights`."""
+FUSED = re.compile(r"\.(q|k|v|gate|up)_proj\.")
+
+
+def load(
+    folder: str, load_format: str, extra: dict[str, Any], quantization: str | None
+) -> tuple[dict[str, str], int, dict[str, float]]:
+    """Return digests of the model's parameters, their bytes in all, and the seconds that vLLM spent in `load_weights`.
+
+    Digests are taken when the weights are loaded and again when vLLM has processed them: a CPU's layers keep packed
+    copies out of sight then, and an empty parameter in place of their weight. Seconds are told for `all`, and for the
+    weights that became a parameter each (`whole`) or part of one (`fused`).
+    """
     from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader import get_model_loader
@@ -58,17 +69,51 @@ def load(folder: str, load_format: str, extra: dict[str, Any], quantization: str
     with set_current_vllm_config(config):
         start_distributed()
         loader = get_model_loader(config.load_config)
-        seconds = 0.0
-        inner = loader.load_weights
+        seconds = {"all": 0.0, "whole": 0.0, "fused": 0.0}
+        inner, weights = loader.load_weights, getattr(loader, "get_all_weights", None)
 
-        def timed(*args: Any) -> None:
-            nonlocal seconds
+        digests: dict[str, str] = {}
+        num_bytes = 0
+
+        def timed(model: Any, *args: Any) -> None:
+            nonlocal num_bytes
             started = time.perf_counter()
-            inner(*args)
-            seconds = time.perf_counter() - started
+            inner(model, *args)
+            seconds["all"] = time.perf_counter() - started
+            num_bytes = sum(parameter.nbytes for parameter in model.parameters())
+            digests.update({f"loaded {name}": value for name, value in digest(model).items()})
+
+        def timed_weights(*args: Any) -> Any:
+            assert weights is not None
+            for name, tensor in weights(*args):
+                started = time.perf_counter()
+                yield name, tensor
+                seconds["fused" if FUSED.search(name) else "whole"] += time.perf_counter() - started
 
         loader.load_weights = timed
-        return loader.load_model(vllm_config=config, model_config=config.model_config), seconds
+        if weights is not None:
+            loader.get_all_weights = timed_weights
+        model = loader.load_model(vllm_config=config, model_config=config.model_config)
+        return digests | {f"processed {name}": value for name, value in digest(model).items()}, num_bytes, seconds
+
+
+@contextlib.contextmanager
+def counted_kernels():
+    """Yield a list that gets the bytes of every call that opens chunks with a kernel, the opener's own check aside."""
+    from server.engine.vllm.device_open import DeviceOpener
+
+    opened: list[int] = []
+    inner = DeviceOpener.open_into
+
+    def counting(self: Any, reader: Any, name: str, offset: int, destination: Any) -> None:
+        inner(self, reader, name, offset, destination)
+        opened.append(destination.numel())
+
+    DeviceOpener.open_into = counting  # type: ignore[method-assign]
+    try:
+        yield opened
+    finally:
+        DeviceOpener.open_into = inner  # type: ignore[method-assign]
 
 
 def start_distributed() -> None:
@@ -102,21 +147,24 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     from server.errors import SealError
 
     result: dict[str, Any] = {"name": job["name"], "plain_s": [], "sealed_s": []}
-    for _ in range(job.get("rounds", ROUNDS)):
-        with key_agent(job) as manifest_sha256:
-            extra = {"manifest_sha256": manifest_sha256} | job.get("extra", {})
-            try:
-                sealed, seconds = load(job["sealed"], "strongroom", extra, job.get("quantization"))
-            except SealError as err:
-                return result | {"refused": err.kind, "detail": err.detail}
-        result["sealed_s"].append(seconds)
-        sealed_digest = digest(sealed)
-        del sealed
-        plain, seconds = load(job["plain"], "safetensors", {}, job.get("quantization"))
-        result["plain_s"].append(seconds)
-        result["equal"] = digest(plain) == sealed_digest
-        result["num_parameters"] = len(sealed_digest)
-        del plain
+    quantization = job.get("quantization")
+    for turn in range(job.get("rounds", ROUNDS)):
+        digests: dict[str, dict[str, str]] = {}
+        # Who comes first changes: what one frees, the other may find ready.
+        for way in ("sealed", "plain") if turn % 2 == 0 else ("plain", "sealed"):
+            if way == "plain":
+                digests[way], _, seconds = load(job["plain"], "safetensors", {}, quantization)
+            else:
+                with key_agent(job) as manifest_sha256, counted_kernels() as opened:
+                    extra = {"manifest_sha256": manifest_sha256} | job.get("extra", {})
+                    try:
+                        digests[way], num_bytes, seconds = load(job["sealed"], "strongroom", extra, quantization)
+                    except SealError as err:
+                        return result | {"refused": err.kind, "detail": err.detail}
+                result |= {"num_kernel_bytes": sum(opened), "num_bytes": num_bytes}
+            result[f"{way}_s"].append(seconds)
+        result["num_parameters"] = sum(name.startswith("loaded ") for name in digests["sealed"])
+        result["equal"] = result.get("equal", True) and digests["plain"] == digests["sealed"]
     return result
 
 

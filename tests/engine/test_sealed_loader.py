@@ -14,7 +14,7 @@ import torch
 from cryptography.hazmat.primitives import serialization
 from safetensors.torch import load_file, save_file
 
-from server.sealed.format import HEADER_BYTES, parse_header
+from server.sealed.format import HEADER_BYTES, Suite, parse_header
 from server.sealed.quantize import METHODS, is_linear, quantize_source
 from server.sealed.source import load_source
 from server.sealed.unseal import unseal
@@ -26,6 +26,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:Depr
 
 ROOT = Path(__file__).parents[2]
 CHUNK_BYTES = 1 << 16
+SECOND_CHUNK_BYTES = 1 << 17  # the interpreter pays by the call
+SECOND_SUITE = {"second suite": {"device_open": "off"}, "second suite, kernels": {"device_open": "interpret"}}
 GROUP = 64
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 512, "hidden_size": 256,
@@ -102,6 +104,8 @@ def results(workshop: Workshop) -> dict[str, dict[str, Any]]:
     write_model(folder / "gptq", gptq_linear, gptq)
     for name in ("bf16", "awq", "gptq"):
         workshop.seal(f"{name}-sealed", source=load_source(folder / name), chunk_bytes=CHUNK_BYTES)
+    second = {"suite": Suite.CHACHA20_POLY1305, "chunk_bytes": SECOND_CHUNK_BYTES}
+    workshop.seal("second-sealed", source=load_source(folder / "bf16"), **second)
     for method in METHODS:
         source = quantize_source(load_source(folder / "bf16"), method)
         released = release(workshop, workshop.seal(f"{method}-sealed", source=source, chunk_bytes=CHUNK_BYTES))
@@ -122,6 +126,8 @@ def results(workshop: Workshop) -> dict[str, dict[str, Any]]:
     ]
     in_flight = {"name": "bnb in flight", "quantization": "bitsandbytes"}
     jobs.append(common | in_flight | {"plain": str(folder / "bf16"), "sealed": str(folder / "bf16-sealed")})
+    in_second = {"plain": str(folder / "bf16"), "sealed": str(folder / "second-sealed")}
+    jobs += [common | in_second | {"name": name, "extra": extra} for name, extra in SECOND_SUITE.items()]
     jobs.append(common | {"name": "damaged", "plain": str(folder / "bf16"), "sealed": str(folder / "damaged-sealed")})
     (folder / "jobs.json").write_text(json.dumps(jobs))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
@@ -140,10 +146,20 @@ def flip_last_chunk(path: Path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("name", ["bf16", "bf16 not lazy", "bf16 one thread", "awq", "gptq", "bnb in flight", *METHODS])
+@pytest.mark.parametrize(
+    "name", ["bf16", "bf16 not lazy", "bf16 one thread", "awq", "gptq", "bnb in flight", *METHODS, *SECOND_SUITE]
+)
 def test_parameters_are_those_of_the_plain_model(results: dict[str, dict[str, Any]], name: str) -> None:
     assert results[name]["equal"]
-    assert results[name]["num_parameters"] >= 15
+    assert results[name]["num_parameters"] >= 19
+
+
+def test_only_the_second_suite_goes_through_the_kernels_and_all_of_it(results: dict[str, dict[str, Any]]) -> None:
+    opened = {name: result["num_kernel_bytes"] for name, result in results.items() if name != "damaged"}
+    model_bytes = opened.pop("second suite, kernels")
+    assert model_bytes > 1 << 20
+    assert model_bytes == results["second suite, kernels"]["num_bytes"]
+    assert not any(opened.values())
 
 
 def test_a_flipped_bit_stops_the_load_and_names_file_and_chunk(results: dict[str, dict[str, Any]]) -> None:

@@ -119,6 +119,8 @@ class DeviceOpener:
         end = offset + destination.numel()
         if not 0 <= offset <= end <= reader.tensor_bytes(name):
             raise ValueError(f"bytes {offset} to {end} are not inside the tensor")
+        if offset == end:
+            return
         step = max(1, self._batch_bytes // size)
         last = -(-end // size)
         batches = [reader.pieces(name, i, min(i + step, last)) for i in range(offset // size, last, step)]
@@ -163,5 +165,7 @@ class DeviceOpener:
         except self._kernels.TagMismatchError as err:
             raise reader.refuse_chunk(pieces.first_chunk + err.chunks[0]) from err
         if not is_direct:
-            target.copy_(plain[low - at : high - at])
-            plain.zero_()
+            try:
+                target.copy_(plain[low - at : high - at])
+            finally:
+                plain.zero_()

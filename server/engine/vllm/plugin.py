@@ -55,6 +55,8 @@ def pass_key_socket_on(fd: int) -> None:
     original: Any = util.spawnv_passfds
     if getattr(original, "passes_key_socket", False):
         return
+    if not _is_open(fd):  # vLLM inspects a model's class in a process that inherits the environment and no descriptor
+        return
     os.set_inheritable(fd, False)  # a plain fork and exec must not carry it
 
     def spawnv_passfds(path: bytes, args: list[Any], passfds: Any) -> int:

@@ -13,6 +13,7 @@ from typing_extensions import override
 from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
+from server.engine.wire import BANS_FIELD
 from server.errors import StartError
 from serving_kernels.token_set import NO_SET, is_cheaper_by_index, pack_token_set
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from vllm.v1.sample.logits_processor import BatchUpdate
 
 CONFIG_KEY: Final = "strongroom_token_bans"
-REQUEST_KEY: Final = "strongroom_banned_tokens"
+REQUEST_KEY: Final = BANS_FIELD
 MAX_REQUEST_TOKENS: Final = 65_536
 _FIELDS: Final = {"control_tokens": bool, "keep": list, "token_ids": list}
 
@@ -100,6 +101,7 @@ class TokenMaskProcessor(LogitsProcessor):
         self._own: dict[int, frozenset[int]] = {}
         self._rows = torch.empty(0, dtype=torch.int32, device=self._device)
         self._sets = torch.empty(0, dtype=torch.int32, device=self._device)
+        self._packed: dict[frozenset[int], torch.Tensor] = {}
         self._ban = _choose_op(self._device)
 
     @classmethod
@@ -125,8 +127,12 @@ class TokenMaskProcessor(LogitsProcessor):
         if not self._everyone:
             rows = [row or NO_SET for row in rows]
         self._rows = torch.tensor(rows, dtype=torch.int32, device=self._device)
-        packed = torch.stack([pack_token_set(tokens, self._num_tokens) for tokens in distinct])
-        self._sets = packed.to(self._device)
+        # Most requests are under the same few policies: a batch that changes packs only what is new in it.
+        self._packed = {
+            tokens: self._packed[tokens] if tokens in self._packed else pack_token_set(tokens, self._num_tokens)
+            for tokens in distinct
+        }
+        self._sets = torch.stack([self._packed[tokens] for tokens in distinct]).to(self._device)
 
     @override
     def apply(self, logits: torch.Tensor) -> torch.Tensor:

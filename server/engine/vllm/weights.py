@@ -14,12 +14,20 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from server.engine.vllm.device_open import Mode, new_opener
 from server.engine.vllm.lazy import DTYPES, SealedTensor
 from server.errors import KMSDeniedError, SealError, StartError
-from server.sealed.agent import ERROR_PREFIX, KEY_FD_ENV, KEY_REQUEST, LOADED_REPORT, MAX_PACKET_BYTES
+from server.sealed.agent import (
+    ERROR_PREFIX,
+    KEY_FD_ENV,
+    KEY_REQUEST,
+    LOADED_ACCEPTED,
+    LOADED_REPORT,
+    MAX_PACKET_BYTES,
+)
 from server.sealed.envelope import verify_key_check
 from server.sealed.kms.base import DATA_KEY_BYTES, DataKey
 from server.sealed.memory import forbid_core_dumps, forbid_swap
 from server.sealed.model import open_pinned
 from server.sealed.shard import ShardReader
+from server.sealed.stage import read_files, verify_staged
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -75,7 +83,7 @@ class SealedWeights:
         self._channel = channel = KeyChannel.from_environment()
         try:
             yield
-            channel.report(LOADED_REPORT)
+            channel.confirm_load()
         except SealError as err:
             logger.error("sealed model refused (%s): %s", err.kind, err.detail)  # noqa: TRY400
             channel.report(ERROR_PREFIX + err.detail.encode()[: MAX_PACKET_BYTES - 1])
@@ -93,18 +101,21 @@ class SealedWeights:
             KMSDeniedError: There is no key for this worker.
         """
         if not self._readers:
-            self._open(Path(self._folder or folder))
+            self._open(Path(self._folder or folder), staged=Path(folder) if self._folder else None)
         for reader in self._readers:
             for entry in reader.index.entries:
                 yield entry.name, SealedTensor(reader, entry.name, 0, entry.shape, DTYPES[entry.dtype], self._opener)
 
-    def _open(self, folder: Path) -> None:
+    def _open(self, folder: Path, *, staged: Path | None) -> None:
         if self._channel is None:
             raise StartError("The engine asked for weights outside of a load; a sealed model is loaded once.")
         sealed = open_pinned(folder, manifest_sha256=str(self._manifest_sha256))
         self._pool = ThreadPoolExecutor(self._threads - 1, "unseal") if self._threads > 1 else None
         with self._channel.fetch_key() as data_key:
             verify_key_check(data_key, sealed.core_digest, sealed.manifest.key_check)
+            if staged is not None:
+                # vLLM has read its configuration from there: had it been changed meanwhile, this load ends here.
+                verify_staged(staged, read_files(sealed, data_key.reveal()))
             for shard in sealed.weights:
                 self._readers.append(
                     ShardReader(
@@ -161,6 +172,21 @@ class KeyChannel:
             return DataKey(memoryview(buffer)[:DATA_KEY_BYTES])
         finally:
             buffer[:] = bytes(len(buffer))
+
+    def confirm_load(self) -> None:
+        """Have the load put on record, and the version made the model's floor; a model that is not does not serve.
+
+        Raises:
+            StartError: The key agent could not, or is gone.
+        """
+        try:
+            self._sock.send(LOADED_REPORT)
+            answer = self._sock.recv(MAX_PACKET_BYTES)
+        except OSError as err:
+            raise StartError("The key agent did not confirm the load. See the supervisor's log.") from err
+        if answer != LOADED_ACCEPTED:
+            reason = answer[len(ERROR_PREFIX) :].decode(errors="replace") or "it closed the socket"
+            raise StartError(f"The key agent did not accept the load: {reason}. See the supervisor's log.")
 
     def report(self, packet: bytes) -> None:
         """Tell the key agent how the load went."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.numpy import save_file
 
 from server.cli import main
+from server.commands import rewrap as rewrap_command
+from server.commands import seal as seal_command
 from server.commands.kms import least_policy
 from server.errors import ConfigError
 from server.sealed.kms.local import LocalKMS
@@ -86,3 +89,25 @@ def test_kms_check_and_policies(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "transit/encrypt/coder" in least_policy("openbao:transit/coder", sealing=True)
     with pytest.raises(ConfigError, match="only"):
         least_policy("file:x")
+
+
+def test_acts_are_on_the_log_of_the_server_that_is_named(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[tuple[str, dict[str, Any]]] = []
+    for command in (seal_command, rewrap_command):
+        monkeypatch.setattr(command, "open_recorder", lambda _state: lambda tag, **f: events.append((tag, f)))
+    out = seal(plain, "--state", str(tmp_path / "state"))
+    assert [tag for tag, _ in events] == ["weights:model:sealed"]
+    assert events[0][1]["signed"] is True
+    assert main(["kms", "create-key", str(tmp_path / "k2")]) == 0
+    old, new = (f"file:{tmp_path / name}" for name in ("k", "k2"))
+    rewrap = ["rewrap", str(out), "--signer", str(tmp_path / "s.pub"), "--state", str(tmp_path / "state")]
+    events.clear()
+    assert main([*rewrap, "--kms", old, "--to", new]) == 0
+    assert [tag for tag, _ in events] == ["weights:key:requested", "weights:key:released"]
+    assert {fields["act"] for _, fields in events} == {"rewrap"}
+    events.clear()
+    assert main([*rewrap, "--kms", old, "--to", new]) == 1  # it is no recipient any more
+    assert [tag for tag, _ in events] == ["weights:key:requested", "weights:key:refused"]
+    assert events[-1][1]["code"] == "model_refused"

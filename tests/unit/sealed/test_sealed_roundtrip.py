@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from server.errors import ConfigError, KMSDeniedError, KMSDisabledError, KMSError, SealError
+from server.engine.vllm.weights import KeyChannel
+from server.errors import ConfigError, KMSDeniedError, KMSDisabledError, KMSError, SealError, StartError
 from server.sealed.agent import KEY_REQUEST, KeyAgent
 from server.sealed.format import Suite
 from server.sealed.kms.local import LocalKMS, create_key_file
@@ -167,12 +168,36 @@ def test_each_worker_gets_the_key_once(workshop: Workshop) -> None:
         theirs.send(KEY_REQUEST)
         assert theirs.recv(100).startswith(b"!")
         theirs.send(b"loaded")
+        assert theirs.recv(100) == b"accepted"
         theirs.send(b"!model-00001-of-00002.sealed: chunk 1")
     thread.join(5)
     assert not thread.is_alive()
     assert events[-2:] == ["weights:model:loaded", "weights:model:refused"]
     assert release.data_key.reveal() == bytes(32)
     assert "redacted" in repr(release.data_key)
+
+
+def test_a_load_that_cannot_be_put_on_record_is_not_accepted(workshop: Workshop) -> None:
+    def fail_at_the_end(tag: str, **_: object) -> None:
+        if tag == "weights:model:loaded":
+            raise KMSError("the log cannot be written")
+
+    agent = KeyAgent(services=[workshop.kms], trusted_signers=workshop.trusted, record=fail_at_the_end)
+    release = agent.release(workshop.seal())
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    thread = agent.serve(ours, release)
+    channel = KeyChannel(theirs)
+    channel.fetch_key().close()
+    with pytest.raises(StartError, match="kms_error"):
+        channel.confirm_load()
+    channel.close()
+    thread.join(5)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.close()  # nor where nobody answers
+    channel = KeyChannel(theirs)
+    with pytest.raises(StartError, match="did not confirm"):
+        channel.confirm_load()
+    channel.close()
 
 
 def test_pinned_open_refuses_another_manifest(workshop: Workshop) -> None:

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 import pytest
 from safetensors import safe_open
 
-from server.errors import ConfigError, SealError, StartError
+from server.errors import ConfigError, SealError
 from server.sealed.agent import KeyAgent, Release
 from server.sealed.format import HEADER_BYTES, parse_header
 from server.sealed.source import load_source
-from server.sealed.stage import stage_files
 from server.sealed.unseal import check_target, unseal
 from tests.unit.sealed.workshop import Workshop, open_workshop, plaintext, small_source
 
@@ -75,22 +74,3 @@ def test_a_bad_chunk_leaves_nothing(workshop: Workshop, tmpfs: Path) -> None:
         unseal(released.model, released.data_key.reveal(), tmpfs / "plain")
     assert refused.value.detail.startswith(f"{name}: chunk ")
     assert not list(tmpfs.iterdir())
-
-
-@pytest.mark.parametrize("seal_files", [False, True])
-def test_staged_files_are_the_verified_ones(workshop: Workshop, tmpfs: Path, seal_files: bool) -> None:
-    released = release(workshop, workshop.seal(seal_files=seal_files))
-    stage_files(released, tmpfs / "staged")
-    staged = {path.name: path.read_bytes() for path in (tmpfs / "staged").iterdir()}
-    assert staged == dict(small_source().files)
-
-
-def test_sealed_files_are_not_staged_on_a_disk(workshop: Workshop, tmp_path: Path) -> None:
-    released = release(workshop, workshop.seal(seal_files=True))
-    with pytest.raises(StartError, match="on a disk"):
-        stage_files(released, tmp_path / "staged")
-    plain = release(workshop, workshop.seal("plain"))
-    (plain.model.path / "config.json").write_bytes(b"{}")
-    with pytest.raises(SealError, match="refused"):
-        stage_files(plain, tmp_path / "staged")
-    assert not (tmp_path / "staged").exists()
