@@ -38,8 +38,9 @@ DEVICES = (
     Device("B200", "sm_100", 148, 1.850, 8000.0, 63.0),
 )
 
-# Lanes that a multiprocessor takes in a clock. Assumed alike for all three targets, on the cautious side: newer ones
-# have more fp32 lanes. A `.WIDE` product takes its pipe twice, a 16-byte access four times.
+# Lanes that a multiprocessor takes in a clock. Assumed alike for all three targets; newer ones have more fp32 lanes, so
+# there the figures are estimates that a device may exceed. A `.WIDE` product takes its pipe twice, a 16-byte access
+# four times.
 LANES = {"issue": 128, "alu": 64, "fma": 64, "lsu": 32}
 _FMA = ("IMAD", "FFMA", "FADD", "FMUL", "HFMA2", "HMUL2", "HADD2")
 _LSU = ("LDG", "STG", "LDS", "STS", "LDSM", "SHFL", "ATOM", "RED")
@@ -50,7 +51,7 @@ Static = dict[tuple[str, str], dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """How fast a kernel can be at most on one device.
+    """How fast a kernel can be at most on one device of the assumed clock and lanes.
 
     Attributes:
         unit: What is counted: bytes of weights, weights, logits.
@@ -89,8 +90,8 @@ def pipe_of(opcode: str) -> tuple[str | None, int]:
 def bound(kernel: str, device: Device, mix: Counter[str], *, units: float, unit: str, bytes_moved: float) -> Bound:
     """Turn what one lane executes for `units` units into units a second.
 
-    The busiest pipe decides; latencies, cache and bank conflicts, clocks below boost and launches are left out, so that
-    a real kernel is slower, never faster.
+    The busiest pipe decides; latencies, cache and bank conflicts, clocks below boost and launches are left out. At the
+    assumed clock and lanes a kernel can only be slower; a device with more of either moves the figure with it.
     """
     turns: Counter[str] = Counter(issue=sum(mix.values()))
     for opcode, times in mix.items():

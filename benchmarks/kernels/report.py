@@ -3,7 +3,8 @@
     strongroom bench kernels --out FOLDER
 
 On a GPU it times every kernel beside the best library call. Without one it compiles for every target, counts the
-machine code and derives bounds from it; everything derived is called so.
+machine code and derives bounds from it; everything derived is called so. `strongroom bench report FOLDER/kernels.json`
+draws the rooflines.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import Any
 import torch
 
 from benchmarks.kernels import cases, derived, measure
+from benchmarks.kernels.roofline import to_result
+from benchmarks.result import to_json, write_result
 from serving_kernels.launch import INTERPRETED
 
 _BAR_WIDTH = 420
@@ -64,7 +67,7 @@ def render(results: dict[str, Any]) -> str:
     parts.append(
         "<h2>Derived bounds</h2><p class='note'>Derived, not measured: the busiest pipe by instruction count "
         f"(lanes a clock assumed: {html.escape(json.dumps(results['assumed_lanes_per_clock']))}) and the data sheet's "
-        "memory bandwidth. A kernel can only be slower than its lower bar.</p>"
+        "memory bandwidth. At these lanes and the assumed clock a kernel can only be slower than its lower bar.</p>"
     )
     parts += [_device_picture(device, results["derived"]) for device in results["assumed_devices"]]
     parts.append("<h2>Machine code</h2>" + _static_table(results["static"]))
@@ -148,11 +151,11 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     results = collect()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    data = json.dumps(results, indent=1, sort_keys=True) + "\n"
-    (arguments.out / "kernels.json").write_text(data, encoding="utf-8")
+    result = to_result(results)
+    write_result(result, arguments.out / "kernels.json")
     (arguments.out / "kernels.html").write_text(render(results), encoding="utf-8")
     if arguments.json:
-        print(data, end="")
+        print(json.dumps(to_json(result), indent=1))
     else:
         print_summary(results)
         print(f"wrote {arguments.out / 'kernels.json'} and {arguments.out / 'kernels.html'}")

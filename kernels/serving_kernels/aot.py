@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -160,7 +160,7 @@ def kernel_specs() -> tuple[KernelSpec, ...]:
                     "logits_ptr": f"*{name}",
                     "set_ptr": "*i32",
                     "row_ptr": "*i32",
-                    **dict.fromkeys(("row_stride", "num_words", "num_tokens"), "i32"),
+                    **dict.fromkeys(("row_stride", "num_sets", "num_words", "num_tokens"), "i32"),
                 },
                 {"WORDS": mask_words(1 << 12, interpreted=False)},
                 num_warps=4,
@@ -215,6 +215,23 @@ def kernel_specs() -> tuple[KernelSpec, ...]:
             for activation, gemv in ((0, DEVICE_GEMV_PLAN), (3, DEVICE_GATED_GEMV_PLAN))
         ),
     )
+
+
+def variant_specs() -> tuple[KernelSpec, ...]:
+    """Return what else a device launches: batches of few chunks, sizes that 16 does not divide, fp16 logits."""
+    specs = {spec.name: spec for spec in kernel_specs()}
+    few = [
+        replace(specs[name], name=f"{name}.lanes_{lanes}", constants={**specs[name].constants, "LANES": lanes})
+        for name in ("chacha20.one_time_keys", "poly1305.verify")
+        for lanes in (1, 2, 4, 8, 16)
+    ]
+    odd = [
+        replace(specs[name], name=f"{name}.odd", divisible=frozenset())
+        for name in ("poly1305.segments", "poly1305.verify", "chacha20.decrypt", "token_mask.bf16")
+    ]
+    mask = specs["token_mask.bf16"]
+    half = replace(mask, name="token_mask.fp16", signature={**mask.signature, "logits_ptr": "*fp16"})
+    return (*few, *odd, half)
 
 
 def compile_kernel(spec: KernelSpec, target: int) -> StaticCounts:
@@ -304,9 +321,12 @@ def _run_tool(name: str, *arguments: str) -> str:
 
 
 @functools.cache
-def compile_all(targets: tuple[int, ...] = TARGETS, prefix: str = "") -> tuple[StaticCounts, ...]:
+def compile_all(
+    targets: tuple[int, ...] = TARGETS, prefix: str = "", *, variants: bool = False
+) -> tuple[StaticCounts, ...]:
     """Compile every kernel for every target; about a second each, less where Triton's own cache has it."""
-    specs = [spec for spec in kernel_specs() if spec.name.startswith(prefix)]
+    known = variant_specs() if variants else kernel_specs()
+    specs = [spec for spec in known if spec.name.startswith(prefix)]
     return tuple(compile_kernel(spec, target) for spec in specs for target in targets)
 
 
@@ -315,8 +335,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kernel", default="", help="only kernels whose name begins so")
     parser.add_argument("--targets", type=int, nargs="+", default=list(TARGETS), help="compute capabilities, as 90")
+    parser.add_argument("--variants", action="store_true", help="the other shapes that a device launches, instead")
     arguments = parser.parse_args(argv)
-    json.dump([asdict(counts) for counts in compile_all(tuple(arguments.targets), arguments.kernel)], sys.stdout)
+    compiled = compile_all(tuple(arguments.targets), arguments.kernel, variants=arguments.variants)
+    json.dump([asdict(counts) for counts in compiled], sys.stdout)
     return 0
 
 

@@ -28,6 +28,7 @@ NONCE_BYTES = 12
 TAG_BYTES = 16
 MAX_CHUNK_BYTES = 1 << 30  # Block and word numbers inside a chunk stay in int32.
 MAX_BLOCKS = (1 << 31) - (1 << 16)  # So does the number of a 64-byte block inside a call, a program's lanes included.
+MAX_CHUNKS = 1 << 27  # Nor does the number of a word of their one-time keys, eight a chunk.
 MAX_AAD_BYTES = 1 << 16
 
 
@@ -144,17 +145,22 @@ def _check_tags(batch: _Batch, tags: Tensor, aads: Sequence[bytes], one_time: Te
     table = torch.empty(chunks * 5 * lanes, dtype=torch.int32, device=device)
     parts = torch.empty(chunks * num_segments * 5, dtype=torch.int32, device=device)
     good = torch.zeros(chunks, dtype=torch.int32, device=device)
-    powers[(chunks,)](one_time, table, LANES=lanes, LOG_LANES=lanes.bit_length() - 1, num_warps=plan.mac_warps)
-    sum_segments[(chunks, num_segments)](
-        _words(batch.text), aad_words, aad_sizes, table, parts, batch.stride_bytes // 16, aad_blocks,
-        batch.chunk_bytes, batch.last_bytes, LANES=lanes, STEPS=plan.mac_steps, num_warps=plan.mac_warps,
-    )  # fmt: skip
     chunk_lanes = launch.chunk_lanes(chunks)
-    verify_tags[(triton.cdiv(chunks, chunk_lanes),)](
-        batch.text, aad_sizes, one_time, table, parts, tags, good, batch.stride_bytes, batch.chunk_bytes,
-        batch.last_bytes, chunks, num_segments, MAC_LANES=lanes, LOG_STEPS=plan.mac_steps.bit_length() - 1,
-        LANES=chunk_lanes, num_warps=1,
-    )  # fmt: skip
+    try:
+        powers[(chunks,)](one_time, table, LANES=lanes, LOG_LANES=lanes.bit_length() - 1, num_warps=plan.mac_warps)
+        sum_segments[(chunks, num_segments)](
+            _words(batch.text), aad_words, aad_sizes, table, parts, batch.stride_bytes // 16, aad_blocks,
+            batch.chunk_bytes, batch.last_bytes, LANES=lanes, STEPS=plan.mac_steps, num_warps=plan.mac_warps,
+        )  # fmt: skip
+        verify_tags[(triton.cdiv(chunks, chunk_lanes),)](
+            batch.text, aad_sizes, one_time, table, parts, tags, good, batch.stride_bytes, batch.chunk_bytes,
+            batch.last_bytes, chunks, num_segments, MAC_LANES=lanes, LOG_STEPS=plan.mac_steps.bit_length() - 1,
+            LANES=chunk_lanes, num_warps=1,
+        )  # fmt: skip
+    finally:
+        # Powers of the one-time keys, and sums from which these can be solved. The stream puts this after the kernels.
+        table.zero_()
+        parts.zero_()
     return good
 
 
@@ -187,7 +193,8 @@ def _to_words(data: bytes, device: torch.device) -> Tensor:
 def _tag_words(tags: Tensor | Sequence[bytes], device: torch.device) -> Tensor:
     """`[4 * chunks]` int32 on the device."""
     if isinstance(tags, Tensor):
-        return tags.to(device).contiguous().view(-1).view(torch.int32)
+        # A copy begins at a word, wherever in other memory the tags lie.
+        return tags.to(device).contiguous().clone().view(-1).view(torch.int32)
     return _to_words(b"".join(tags), device)
 
 
@@ -213,6 +220,8 @@ def _check_tensors(ciphertext: Tensor, out: Tensor) -> None:
 def _check_layout(num_cipher_bytes: int, num_bytes: int, num_chunks: int, chunk_bytes: int, stride_bytes: int) -> None:
     if num_chunks < 1:
         raise ValueError("There is no nonce; give one for each chunk.")
+    if num_chunks > MAX_CHUNKS:
+        raise ValueError(f"A call has at most {MAX_CHUNKS} chunks; there are {num_chunks}.")
     if not 0 <= chunk_bytes <= MAX_CHUNK_BYTES or num_bytes // 64 > MAX_BLOCKS:
         raise ValueError(f"A chunk has at most {MAX_CHUNK_BYTES} bytes and a call {MAX_BLOCKS * 64}.")
     last_bytes = num_bytes - (num_chunks - 1) * chunk_bytes
@@ -231,6 +240,8 @@ def _check_secrets(key: bytes, nonces: Sequence[bytes], aads: Sequence[bytes], t
     """Lengths only; no value reaches a message."""
     if len(key) != KEY_BYTES:
         raise ValueError(f"The key has {len(key)} bytes; ChaCha20-Poly1305 takes {KEY_BYTES}.")
+    if isinstance(tags, Tensor) and not tags.dim():
+        raise ValueError("tags is a single number; it must be [chunks, 16] uint8.")
     if len(aads) != len(nonces) or len(tags) != len(nonces):
         raise ValueError(f"There are {len(nonces)} nonces, {len(tags)} tags and {len(aads)} associated data.")
     if any(len(nonce) != NONCE_BYTES for nonce in nonces):

@@ -15,6 +15,7 @@ from serving_kernels import launch
 from serving_kernels.four_bit_weight import NF4_LEVELS, Activation, Format, FourBitWeight
 from serving_kernels.launch import INTERPRETED, GemvPlan, block_sum, jit
 
+MAX_GRID_Y = 65_535  # CUDA's limit of a grid's second dimension, in which a product's rows lie.
 MAX_ROWS = 8  # Each row of x reads all weights once more, from cache; for more, a matrix product is the right kernel.
 _INTERPRETED: tl.constexpr = tl.constexpr(INTERPRETED)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -193,6 +194,8 @@ def multiply(
     num_out = rows // 2 if is_gated else rows
     out = torch.empty(x.shape[0], num_out, dtype=x.dtype, device=x.device)
     plan = plan or launch.gemv_plan(num_out, columns // 8, is_gated=is_gated, interpreted=INTERPRETED)
+    if triton.cdiv(num_out, plan.rows) > MAX_GRID_Y:
+        raise ValueError(f"The weight has {num_out} rows of results; at most {MAX_GRID_Y * plan.rows} fit a launch.")
     # Tokens are the fastest grid dimension: programs that want the same weights run together and share the cache.
     multiply_vector[(x.shape[0], triton.cdiv(num_out, plan.rows))](
         x, weight.words, weight.scales, _table(weight), x if bias is None else bias, out, num_out, columns // 8,

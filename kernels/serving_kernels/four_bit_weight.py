@@ -94,15 +94,18 @@ def from_bitsandbytes(packed: Tensor, absmax: Tensor, shape: tuple[int, int]) ->
         shape: `(N, K)`.
 
     Raises:
-        ValueError: Rows are not whole words or not whole blocks, so that a scale would belong to two rows.
+        ValueError: Rows are not whole words or not whole blocks, so that a scale would belong to two rows; or the
+            memory is not contiguous or begins inside a word.
     """
     rows, columns = shape
     blocks = absmax.numel()
+    if rows < 1 or not packed.is_contiguous() or not absmax.is_contiguous() or packed.storage_offset() % 4:
+        raise ValueError("packed and absmax must be contiguous, rows at least one, and packed must begin at a word.")
     if packed.dtype != torch.uint8 or packed.numel() * 2 != rows * columns or columns % WORD_WEIGHTS:
         raise ValueError(f"{packed.numel()} bytes of {packed.dtype} are not {rows} rows of {columns} weights.")
     if blocks % rows:
         raise ValueError(
             f"{blocks} blocks do not divide into {rows} rows; columns must be a multiple of the block size."
         )
-    words = packed.contiguous().view(-1).view(torch.int32).view(rows, columns // WORD_WEIGHTS)
+    words = packed.view(-1).view(torch.int32).view(rows, columns // WORD_WEIGHTS)
     return FourBitWeight(Format.NF4, words, absmax.view(rows, blocks // rows))

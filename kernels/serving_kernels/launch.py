@@ -31,14 +31,12 @@ INTERPRETED = is_interpreted()
 def jit(fn: Callable[..., Any]) -> Any:
     """Wrap a kernel body as `triton.jit` does, interpreted where this process has no device to compile for.
 
-    The choice is made for this package alone, so that importing it never changes how another package's kernels run.
+    The choice is made for this package alone, so that importing it never changes how another package's kernels run, nor
+    how those of a child process do: Triton writes a setting into the environment, too, and its scope takes that back.
     """
-    before = knobs.runtime.interpret
-    knobs.runtime.interpret = INTERPRETED
-    try:
+    with knobs.runtime.scope():
+        knobs.runtime.interpret = INTERPRETED
         return triton.jit(fn)
-    finally:
-        knobs.runtime.interpret = before
 
 
 @jit

@@ -17,13 +17,18 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @jit
-def mask_logits(logits_ptr, set_ptr, row_ptr, row_stride, num_words, num_tokens, WORDS: tl.constexpr) -> None:
-    """Write logits[b, v] = -inf where bit v of sets[rows[b]] is 1; no other logit is touched, and none is read."""
+def mask_logits(logits_ptr, set_ptr, row_ptr, row_stride, num_sets, num_words, num_tokens, WORDS: tl.constexpr) -> None:
+    """Write logits[b, v] = -inf where bit v of sets[rows[b]] is 1; no other logit is touched, and none is read.
+
+    A row that names no set there is bans everything: such a mistake is seen, and reads nothing.
+    """
     batch = tl.program_id(0)
     row = tl.load(row_ptr + batch)
-    if row >= 0:
+    if row != -1:
         at = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
-        words = tl.load(set_ptr + row.to(tl.int64) * num_words + at, mask=at < num_words, other=0)
+        number = row + at * 0
+        mask = (number >= 0) & (number < num_sets) & (at < num_words)
+        words = tl.load(set_ptr + row.to(tl.int64) * num_words + at, mask=mask, other=-1)
         bit = tl.arange(0, 32)[None, :]
         token = at[:, None] * 32 + bit
         banned = ((words[:, None] >> bit) & 1) != 0
@@ -35,9 +40,10 @@ def ban_tokens(logits: Tensor, sets: Tensor, rows: Tensor) -> None:
     """Set the logits of banned tokens to minus infinity, in place.
 
     Args:
-        logits: `[B, V]` fp32, bf16 or fp16, contiguous in the last dimension.
+        logits: `[B, V]` fp32, bf16 or fp16, contiguous in the last dimension; no two rows share memory.
         sets: `[S, ceil(V / 32)]` int32, contiguous; rows of `token_set.pack_token_set`.
-        rows: `[B]` int32, contiguous; which set applies to each row, `token_set.NO_SET` for none.
+        rows: `[B]` int32, contiguous; which set applies to each row, `token_set.NO_SET` for none. A number that no set
+            has bans every token of its row: on a device it is not looked at before.
 
     Raises:
         ValueError: A shape, dtype, stride or device does not fit.
@@ -48,6 +54,8 @@ def ban_tokens(logits: Tensor, sets: Tensor, rows: Tensor) -> None:
             "[B, V], fp32, bf16 or fp16, contiguous in the last dimension."
         )
     batch, num_tokens = logits.shape
+    if batch > 1 and logits.stride(0) < num_tokens:
+        raise ValueError(f"logits has rows {logits.stride(0)} apart that are {num_tokens} long; they share memory.")
     num_words = -(-num_tokens // 32)
     if sets.dtype != torch.int32 or sets.dim() != 2 or sets.shape[1] != num_words or not sets.is_contiguous():
         raise ValueError(f"sets is {sets.dtype} of shape {list(sets.shape)}; it must be [S, {num_words}] int32.")
@@ -59,5 +67,5 @@ def ban_tokens(logits: Tensor, sets: Tensor, rows: Tensor) -> None:
         return
     words = mask_words(num_words, interpreted=INTERPRETED)
     mask_logits[(batch, triton.cdiv(num_words, words))](
-        logits, sets, rows, logits.stride(0), num_words, num_tokens, WORDS=words, num_warps=4
+        logits, sets, rows, logits.stride(0), sets.shape[0], num_words, num_tokens, WORDS=words, num_warps=4
     )

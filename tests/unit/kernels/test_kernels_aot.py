@@ -4,16 +4,39 @@ from __future__ import annotations
 
 import pytest
 
-from serving_kernels import aot
+from serving_kernels import aot, launch
 
 CASES = [(spec, f"sm_{target}") for spec in aot.kernel_specs() for target in aot.TARGETS]
 
 
 @pytest.mark.parametrize(("spec", "target"), CASES, ids=[f"{spec.name}-{target}" for spec, target in CASES])
 def test_no_spills_and_the_stated_registers(static_counts, spec, target):
-    counts = static_counts[spec.name, target]
+    check(static_counts[spec.name, target], spec)
+
+
+def check(counts, spec):
     assert counts["spill_instructions"] == counts["stack_bytes"] == counts["local_bytes"] == 0
     assert 0 < counts["registers"] <= spec.max_registers
+
+
+@pytest.mark.parametrize("spec", aot.variant_specs(), ids=lambda spec: spec.name)
+def test_few_chunks_odd_sizes_and_fp16_do_not_spill_either(variant_counts, spec):
+    check(variant_counts[spec.name, "sm_90"], spec)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_100"])
+@pytest.mark.parametrize("spec", aot.variant_specs(), ids=lambda spec: spec.name)
+def test_no_variant_spills_on_the_other_targets(all_variant_counts, spec, target):
+    check(all_variant_counts[spec.name, target], spec)
+
+
+def test_every_number_of_chunks_has_its_variant():
+    """`chunk_lanes` is a compile-time constant: each value that it takes is another kernel."""
+    compiled = {
+        spec.constants["LANES"] for spec in (*aot.kernel_specs(), *aot.variant_specs()) if "verify" in spec.name
+    }
+    assert {launch.chunk_lanes(num_chunks) for num_chunks in range(1, 200)} == compiled
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])

@@ -10,6 +10,9 @@ import pytest
 import torch
 
 from benchmarks.kernels import cases, derived, measure, report
+from benchmarks.kernels.roofline import rooflines, to_result
+from benchmarks.report import to_html
+from benchmarks.result import load_result
 
 DEVICE = derived.Device("toy", "sm_90", 10, 2.0, 1000.0, 50.0)
 
@@ -83,8 +86,47 @@ def test_main_writes_both_files(results, tmp_path, monkeypatch, capsys):
     assert report.main(["--out", str(tmp_path / "out"), "--json"]) == 0
     written = json.loads((tmp_path / "out" / "kernels.json").read_text())
     assert json.loads(capsys.readouterr().out) == written
-    assert written["kind"] == "derived"
+    assert written["settings"]["kind"] == "derived"
+    result = load_result(tmp_path / "out" / "kernels.json")
+    assert not result.measures  # nothing was measured
+    assert {row["kind"] for row in result.rows} == {"derived"}
+    page = to_html([result])
+    assert page.count("derived, not measured") >= 2 * len(derived.DEVICES)
+    assert page.count("what the device allows") >= 2 * len(derived.DEVICES)
     assert (tmp_path / "out" / "kernels.html").read_text().startswith("<!doctype html>")
+
+
+def test_derived_points_say_so_and_none_stands_above_its_roof(results):
+    found = rooflines(results)
+    assert len(found) == 2 * len(derived.DEVICES)
+    names = set()
+    for roof in found:
+        for point in roof["points"]:
+            assert point["name"].endswith(", derived")
+            names.add(point["name"].removesuffix(", derived"))
+            allowed = min(roof["peak_flops"], point["flops_per_byte"] * roof["peak_bytes_per_s"])
+            assert 0 < point["flops"] <= allowed * (1 + 1e-9)
+    assert names >= {"chacha20_poly1305.open", "token_mask", "four_bit.multiply.nf4", "four_bit.multiply.int4"}
+
+
+def test_what_was_measured_stands_beside_what_was_derived_on_its_own_device_only(results):
+    row = {"kernel": "token_mask", "contender": "kernel", "shape": "s", "gb_s": 100.0, "dtype": "fp32"}
+    row |= {"p20_ms": 0.1, "p50_ms": 0.2, "p80_ms": 0.3}
+    copy = {**row, "contender": "masked_fill_"}
+    timed = results | {"kind": "measured", "measured": [row, copy], "environment": {"device": "NVIDIA H100 80GB HBM3"}}
+    by_title = {roof["title"]: roof["points"] for roof in rooflines(timed)}
+    points = by_title["H100 SXM, opening and masking: derived, and measured here"]
+    (point,) = [point for point in points if point["name"].endswith("measured")]
+    per_byte = point["flops_per_byte"]
+    assert point["flops"] == pytest.approx(100e9 * per_byte)
+    assert per_byte == next(p["flops_per_byte"] for p in points if p["name"] == "token_mask, derived")
+    assert sum("measured here" in title for title in by_title) == 1
+    measures = to_result(timed).measures
+    assert [(m.statistic, m.value, m.labels["contender"]) for m in measures[:3]] == [
+        ("p20", 0.1, "kernel"), ("p50", 0.2, "kernel"), ("p80", 0.3, "kernel"),
+    ]  # fmt: skip
+    other = results | {"measured": [row], "environment": {"device": "NVIDIA H200"}}
+    assert all("not measured" in roof["title"] for roof in rooflines(other))
 
 
 def test_every_timed_call_runs_and_is_reported():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -260,6 +261,37 @@ def test_tags_may_come_as_a_tensor():
     assert open_sealed(replace(sealed, tags=tags), SMALL_PLAN) == sealed.plaintext
 
 
+@pytest.mark.parametrize("offset", [1, 2, 8])
+@pytest.mark.parametrize("step", [1, 2])
+def test_tags_may_lie_anywhere_in_other_memory(offset, step):
+    sealed = seal(300, chunk_bytes=128)
+    memory = torch.zeros(offset + 3 * 16 * step, dtype=torch.uint8)
+    tags = memory[offset:].view(3, 16 * step)[:, ::step]
+    tags.copy_(torch.stack([as_tensor(tag) for tag in sealed.tags]))
+    assert open_sealed(replace(sealed, tags=tags), SMALL_PLAN) == sealed.plaintext
+
+
+@pytest.mark.parametrize("forged", [False, True])
+def test_several_empty_chunks_are_verified(forged):
+    key, nonces = bytes(range(32)), [bytes([n]) * 12 for n in range(3)]
+    tags = [ChaCha20Poly1305(key).encrypt(nonce, b"", b"aad") for nonce in nonces]
+    if forged:
+        tags[2] = bytes(16)
+    empty: dict[str, Any] = {"key": key, "nonces": nonces, "aads": [b"aad"] * 3, "chunk_bytes": 0}
+    text, out = torch.zeros(0, dtype=torch.uint8), torch.zeros(0, dtype=torch.uint8)
+    if not forged:
+        op.open_into(text, tags, out=out, **empty)
+        return
+    with pytest.raises(op.TagMismatchError) as caught:
+        op.open_into(text, tags, out=out, **empty)
+    assert caught.value.chunks == [2]
+
+
+def test_more_chunks_than_words_can_number_are_refused():
+    with pytest.raises(ValueError, match="at most 134217728 chunks"):
+        op._check_layout(0, 64, op.MAX_CHUNKS + 1, 64, 64)
+
+
 def strided() -> torch.Tensor:
     return torch.zeros(256, dtype=torch.uint8)[::2]
 
@@ -285,6 +317,7 @@ def misaligned() -> torch.Tensor:
         ({"aads": [bytes(op.MAX_AAD_BYTES + 1)]}, "longer than"),
         ({"tags": [bytes(15)]}, "16 bytes"),
         ({"tags": torch.zeros(1, 15, dtype=torch.uint8)}, r"\[chunks, 16\]"),
+        ({"tags": torch.zeros((), dtype=torch.uint8)}, r"\[chunks, 16\]"),
         ({"chunk_bytes": 64}, "cannot fill"),
         ({"chunk_bytes": op.MAX_CHUNK_BYTES + 1}, "at most"),
         ({"ciphertext": torch.zeros(127, dtype=torch.uint8)}, "too few"),
@@ -323,17 +356,33 @@ def test_overlapping_memory_is_refused():
         op.open_into(memory[:128], [bytes(16)], key=bytes(32), nonces=[bytes(12)], aads=[b""], out=memory[64:192])
 
 
-def test_key_material_on_the_device_is_wiped(monkeypatch):
-    kept = []
-    plain = torch.Tensor.to
+@pytest.mark.parametrize("forged", [False, True])
+def test_key_material_on_the_device_is_wiped(monkeypatch, forged):
+    """The key, the one-time keys, their powers and the sums made of them held something, and hold nothing after."""
+    made: list[torch.Tensor] = []
+    held: dict[int, bool] = {}
+    empty, zero, view = torch.empty, torch.Tensor.zero_, torch.frombuffer
 
-    def keep(self, *args, **kwargs):
-        moved = plain(self, *args, **kwargs)
-        kept.append(moved)
-        return moved
+    def keep(tensor):
+        made.append(tensor)
+        return tensor
 
-    monkeypatch.setattr(torch.Tensor, "to", keep)
-    sealed = seal(64)
-    open_sealed(sealed)
-    assert any(tensor.numel() == 8 and not tensor.any() for tensor in kept)
-    assert all(bytes(t.contiguous().view(torch.uint8).numpy()) != sealed.key for t in kept if t.dtype == torch.int32)
+    def watch(self):
+        held[self.data_ptr()] = held.get(self.data_ptr(), False) or bool(self.any())
+        return zero(self)
+
+    sealed = seal(5000)
+    key_words = view(bytearray(sealed.key), dtype=torch.int32)
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: keep(empty(*args, **kwargs)))
+    monkeypatch.setattr(torch, "frombuffer", lambda *args, **kwargs: keep(view(*args, **kwargs)))
+    monkeypatch.setattr(torch.Tensor, "zero_", watch)
+    tags = [bytes(16)] * len(sealed.tags) if forged else sealed.tags
+    try:
+        open_sealed(replace(sealed, tags=tags))
+    except op.TagMismatchError:
+        assert forged
+    secret = [tensor for tensor in made if tensor.data_ptr() in held]
+    assert len(secret) == 4, "key, one-time keys, powers, sums"
+    assert all(held[tensor.data_ptr()] for tensor in secret), "what was wiped held nothing, so this shows nothing"
+    assert not any(tensor.any() for tensor in secret)
+    assert not any(tensor.dtype == torch.int32 and tensor.equal(key_words) for tensor in made)

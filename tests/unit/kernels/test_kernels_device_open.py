@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from server.engine.config import EngineConfig, build_engine_argv
+from server.engine.vllm import lazy
 from server.engine.vllm.device_open import DeviceOpener, Mode, new_opener
 from server.engine.vllm.lazy import DTYPES, SealedTensor
 from server.engine.vllm.weights import SealedWeights
@@ -126,19 +127,76 @@ def test_a_misaligned_destination_is_filled_all_the_same(sealed, plain):
     assert memory[0] == 0
 
 
-def test_another_dtype_is_converted_from_a_staging_tensor_of_the_device(sealed, plain, monkeypatch):
-    asked = []
-    decrypt = SealedTensor.decrypt
+@pytest.mark.parametrize("limit_bytes", [1 << 16, 1 << 28])
+@pytest.mark.parametrize(
+    "view",
+    [lambda t: t, lambda t: t.narrow(1, 64, 128), lambda t: t.t()],
+    ids=["another type", "columns", "transposed"],
+)
+def test_what_can_not_go_straight_passes_through_the_device_alone_and_is_wiped(
+    sealed, plain, monkeypatch, view, limit_bytes
+):
+    """The host opens nothing, and asks for memory on the device only; without the wiping this fails."""
+    pieces, places = [], []
+    new_scratch = lazy.new_scratch
+    monkeypatch.setattr(lazy, "DEVICE_SCRATCH_BYTES", limit_bytes)
+    monkeypatch.setattr(ShardReader, "read_into", lambda *_: pytest.fail("opened on the host"))
 
-    def keep_device(self, device=None):
-        asked.append(device)
-        return decrypt(self, device)
+    def remember(num_elements, dtype, device):
+        places.append(device)
+        pieces.append(new_scratch(num_elements, dtype, device))
+        return pieces[-1]
 
-    monkeypatch.setattr(SealedTensor, "decrypt", keep_device)
-    single = torch.zeros(300, 256)
-    single.copy_(sealed)
-    assert torch.equal(single.nan_to_num(), plain.float().nan_to_num())
-    assert asked == [CPU]
+    filled = []
+    open_into = kernels.open_into
+
+    def look(*args, out, **kwargs):
+        open_into(*args, out=out, **kwargs)
+        filled.append(bool(out.any()))
+        temporaries.append(out)
+
+    temporaries: list[torch.Tensor] = []
+    monkeypatch.setattr(lazy, "new_scratch", remember)
+    monkeypatch.setattr(kernels, "open_into", look)
+    expected = view(plain).float()
+    target = torch.empty(expected.shape)
+    target.copy_(view(sealed))
+    assert torch.equal(target.nan_to_num(), expected.nan_to_num())
+    assert filled
+    assert all(filled)
+    assert set(places) == {CPU}  # which stands in for the device here
+    assert max(piece.nbytes for piece in pieces) <= limit_bytes
+    assert not any(held.any() for held in (*pieces, *temporaries))
+
+
+def test_a_forged_chunk_under_columns_leaves_nothing(sealed, monkeypatch):
+    pieces = []
+    new_scratch = lazy.new_scratch
+    monkeypatch.setattr(lazy, "DEVICE_SCRATCH_BYTES", 1 << 17)
+
+    def remember(*args):
+        pieces.append(new_scratch(*args))
+        return pieces[-1]
+
+    monkeypatch.setattr(lazy, "new_scratch", remember)
+    tags = bytearray(sealed._reader._tags)
+    tags[16 * 3] ^= 1
+    sealed._reader._tags = memoryview(tags)
+    target = torch.ones(300, 128, dtype=torch.bfloat16)
+    with pytest.raises(SealError) as caught:
+        target.copy_(sealed.narrow(1, 64, 128))
+    assert "chunk 3 of " in caught.value.detail
+    assert len(pieces) == 2
+    assert not target.any()
+    assert not any(piece.any() for piece in pieces)
+
+
+def test_no_bytes_are_nothing_to_open_and_others_than_the_tensor_s_are_refused(sealed):
+    open_into = sealed._opener.open_into
+    open_into(sealed._reader, "embed", 64, torch.empty(0, dtype=torch.uint8))
+    for offset in (-4, 300 * 256 * 2 - 4):
+        with pytest.raises(ValueError, match="not inside the tensor"):
+            open_into(sealed._reader, "embed", offset, torch.empty(8, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("chunk", [1, 3])

@@ -144,6 +144,10 @@ def test_a_weight_that_does_not_fit_is_refused(change, message):
         (torch.zeros(63, dtype=torch.uint8), torch.ones(2), (2, 64)),
         (torch.zeros(6, dtype=torch.uint8), torch.ones(1), (1, 12)),
         (torch.zeros(96, dtype=torch.uint8), torch.ones(3), (2, 96)),
+        (torch.zeros(65, dtype=torch.uint8)[1:], torch.ones(2), (2, 64)),
+        (torch.zeros(128, dtype=torch.uint8)[::2], torch.ones(2), (2, 64)),
+        (torch.zeros(64, dtype=torch.uint8), torch.ones(4)[::2], (2, 64)),
+        (torch.zeros(0, dtype=torch.uint8), torch.ones(0), (0, 64)),
     ],
 )
 def test_a_matrix_whose_blocks_cross_rows_is_refused(packed, absmax, shape):
@@ -168,6 +172,11 @@ def test_a_matrix_whose_blocks_cross_rows_is_refused(packed, absmax, shape):
 def test_a_product_that_does_not_fit_is_refused(x, options, message):
     with pytest.raises(ValueError, match=message):
         four_bit.multiply(x, nf4_weight(5, 128), **options)
+
+
+def test_more_rows_than_a_grid_holds_are_refused():
+    with pytest.raises(ValueError, match="at most 65535 fit a launch"):
+        four_bit.multiply(torch.zeros(1, 64), nf4_weight(65_536, 64), plan=GemvPlan(rows=1, words=8))
 
 
 def test_other_dtypes_are_refused():

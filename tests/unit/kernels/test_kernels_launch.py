@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from serving_kernels import launch
@@ -38,3 +40,13 @@ def test_without_a_word_the_device_decides(monkeypatch):
     for has_device in (True, False):
         monkeypatch.setattr("torch.cuda.is_available", lambda has_device=has_device: has_device)
         assert launch.is_interpreted() is not has_device
+
+
+@pytest.mark.parametrize("asked", [None, "0", "1"])
+def test_a_child_decides_for_itself_whatever_was_decided_here(monkeypatch, asked):
+    if asked is None:
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    else:
+        monkeypatch.setenv("TRITON_INTERPRET", asked)
+    launch.jit(launch.load_u32.fn)
+    assert os.environ.get("TRITON_INTERPRET") == asked

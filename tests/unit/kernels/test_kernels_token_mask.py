@@ -57,6 +57,15 @@ def test_the_shape_of_a_device_launch_gives_the_same(monkeypatch):
     assert torch.equal(logits, expected)
 
 
+@pytest.mark.parametrize("number", [2, 1000, -2])
+def test_a_set_that_is_not_there_bans_everything_and_reads_nothing(number):
+    logits = random_logits(3, 100, torch.float32)
+    before = logits.clone()
+    ban_tokens(logits, torch.stack([pack_token_set([n], 100) for n in (5, 6)]), int32(NO_SET, number, NO_SET))
+    assert torch.isinf(logits[1]).all()
+    assert torch.equal(logits[[0, 2]], before[[0, 2]])
+
+
 def test_an_empty_batch_is_nothing_to_do():
     ban_tokens(torch.empty(0, 10), pack_token_set([1], 10)[None], torch.empty(0, dtype=torch.int32))
 
@@ -78,6 +87,7 @@ def test_a_set_that_bans_everything_is_refused():
         (torch.zeros(10), torch.zeros(1, 1, dtype=torch.int32), int32(0), r"\[B, V\]"),
         (torch.zeros(1, 10, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.int32), int32(0), "fp32"),
         (torch.zeros(10, 2).t(), torch.zeros(1, 1, dtype=torch.int32), int32(0, 0), "contiguous"),
+        (torch.zeros(1, 10).expand(2, 10), torch.zeros(1, 1, dtype=torch.int32), int32(0, 0), "share memory"),
         (torch.zeros(1, 33), torch.zeros(1, 1, dtype=torch.int32), int32(0), r"\[S, 2\]"),
         (torch.zeros(1, 10), torch.zeros(1, 1), int32(0), "int32"),
         (torch.zeros(2, 10), torch.zeros(1, 1, dtype=torch.int32), int32(0), r"rows .* \[2\] int32"),
