@@ -245,6 +245,18 @@ def cosign(note_text: str, signer: Signer, time_s: int) -> str:
     return signature_line(signer.key.name, signer.key.id, struct.pack(">Q", time_s) + signature)
 
 
+def check_key_name(name: str) -> None:
+    """Refuse a name that a note can't bear.
+
+    Raises:
+        ConfigError: It has spaces or a plus.
+    """
+    if _NAME.fullmatch(name) is None:
+        raise ConfigError(
+            f"'{name}' can't name an audit key; use a name without spaces or '+', like example.com/audit."
+        )
+
+
 def new_audit_key(path: Path, *, name: str, key_type: int = ED25519) -> VerifierKey:
     """Draw an Ed25519 key and write it to `path` (0600), with its public vkey beside it as `<path>.vkey`.
 
@@ -256,10 +268,7 @@ def new_audit_key(path: Path, *, name: str, key_type: int = ED25519) -> Verifier
     Raises:
         ConfigError: The file exists, cannot be written, or the name is not allowed.
     """
-    if _NAME.fullmatch(name) is None:
-        raise ConfigError(
-            f"'{name}' can't name an audit key; use a name without spaces or '+', like example.com/audit."
-        )
+    check_key_name(name)
     private_key = Ed25519PrivateKey.generate()
     pem = private_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     key = FileSigner(name, private_key, key_type=key_type).key

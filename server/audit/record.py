@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
+from collections import deque
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Self
 
@@ -17,6 +18,7 @@ from server.errors import (
     PermissionDeniedError,
     RequestError,
     StrongroomError,
+    SupersededError,
 )
 from server.types import Outcome
 
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 
 _MAX_FINDINGS = 32
 _MAX_TENANTS = 4_096
+_MAX_UNCLOSED = 4_096
 _DENIALS = (AuthenticationError, PermissionDeniedError, ContentBlockedError)
 
 
@@ -53,6 +56,9 @@ class Audit:
         texts: Where full texts go when policy asks for them; without it such a request is refused.
         clock_ns: The wall clock.
         timer_ns: A clock that never steps.
+
+    Attributes:
+        is_writable: Whether the newest append became durable; an alert hangs on it.
     """
 
     def __init__(
@@ -72,11 +78,19 @@ class Audit:
         self._tenant_keys = tenant_keys
         self._texts = texts
         self._keyed: dict[str, tuple[bytes, hmac.HMAC]] = {}
-        self._tasks: set[asyncio.Task[int]] = set()
+        self._unclosed: deque[dict[str, Any]] = deque(maxlen=_MAX_UNCLOSED)
+        self.is_writable = True
         self.clock_ns = clock_ns
         self.timer_ns = timer_ns
 
-    def open(self, request_id: RequestId, wire_format: WireFormat | str, route: str, client: Client) -> Record:
+    def open(
+        self,
+        request_id: RequestId,
+        wire_format: WireFormat | str,
+        route: str,
+        client: Client,
+        outcome: Outcome | None = None,
+    ) -> Record:
         """Return the record of one request, to be held in `async with`.
 
         Args:
@@ -84,8 +98,9 @@ class Audit:
             wire_format: How the request was spelled; free text for routes that reach no model.
             route: The route's pattern, not the raw path.
             client: Where it came from.
+            outcome: Where the request's end is noted as it becomes known; an unplanned end is recorded from it.
         """
-        return Record(self, request_id, wire_format, route, client)
+        return Record(self, request_id, wire_format, route, client, outcome or Outcome())
 
     def new_text_hmac(self, tenant: str) -> hmac.HMAC:
         """Return an empty HMAC-SHA-256 under the tenant's key."""
@@ -117,20 +132,73 @@ class Audit:
         await asyncio.to_thread(self._texts.put, tenant, request_id, kind, text)
 
     async def append(self, entry: dict[str, Any]) -> int:
-        """Make an entry durable even if the caller is cancelled meanwhile.
+        """Make an entry durable; it goes to the log even if the caller is cancelled meanwhile.
 
         Raises:
             AuditUnavailableError: The log cannot be written.
         """
-        task = asyncio.ensure_future(self._appender.append(entry))
-        self._tasks.add(task)
-        task.add_done_callback(self._settled)
-        return await asyncio.shield(task)
+        return await self.durable(self.submit(entry))
 
-    def _settled(self, task: asyncio.Task[int]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled():
-            task.exception()  # seen: whoever still waits gets it too, and a caller that left has nobody to tell
+    def submit(self, entry: dict[str, Any]) -> asyncio.Future[int]:
+        """Send an entry to the log, for `durable` to wait for; it goes there whatever becomes of the caller.
+
+        Raises:
+            AuditUnavailableError: The log cannot be written.
+        """
+        try:
+            return self._appender.submit(entry)
+        except AuditUnavailableError:
+            self.is_writable = False
+            raise
+
+    def submit_end(self, entry: dict[str, Any]) -> asyncio.Future[int]:
+        """Send the entry that closes a request; where the log does not take it, it is sent again once the log is back.
+
+        Else a request would stand open there for as long as this process runs. One that was closed after all, or that
+        the writer closed itself, it refuses: nothing is closed twice.
+
+        Raises:
+            AuditUnavailableError: The log cannot be written.
+        """
+        try:
+            sent = self.submit(entry)
+        except AuditUnavailableError:
+            self._unclosed.append(entry)
+            raise
+        sent.add_done_callback(lambda done: self._note_end(entry, done))
+        return sent
+
+    def _note_end(self, entry: dict[str, Any], done: asyncio.Future[int]) -> None:
+        # Cancelled: its caller left before the answer, so nobody knows. Asked for in any case: seen is not unhandled.
+        error = None if done.cancelled() else done.exception()
+        if done.cancelled() or (isinstance(error, AuditUnavailableError) and not error.is_refusal):
+            self._unclosed.append(entry)
+
+    def _close_again(self) -> None:
+        entries = list(self._unclosed)
+        self._unclosed.clear()
+        for at, entry in enumerate(entries):
+            try:
+                self.submit_end(entry)
+            except AuditUnavailableError:  # gone again; this one is back among them
+                self._unclosed.extend(entries[at + 1 :])
+                return
+
+    async def durable(self, sent: asyncio.Future[int]) -> int:
+        """Return the index of an entry that was submitted, once it is durable.
+
+        Raises:
+            AuditUnavailableError: The log cannot be written.
+        """
+        try:
+            index = await sent
+        except AuditUnavailableError:
+            self.is_writable = False
+            raise
+        self.is_writable = True
+        if self._unclosed:
+            self._close_again()
+        return index
 
 
 class Record:
@@ -154,7 +222,8 @@ class Record:
         "_kept",
         "_model",
         "_opened_ns",
-        "_partial",
+        "_outcome",
+        "_sent",
         "_tenant",
         "accepted_index",
         "finished_index",
@@ -162,7 +231,13 @@ class Record:
     )
 
     def __init__(
-        self, audit: Audit, request_id: RequestId, wire_format: WireFormat | str, route: str, client: Client
+        self,
+        audit: Audit,
+        request_id: RequestId,
+        wire_format: WireFormat | str,
+        route: str,
+        client: Client,
+        outcome: Outcome,
     ) -> None:
         self._audit = audit
         self.request_id = request_id
@@ -180,10 +255,11 @@ class Record:
         self._answers: dict[int, hmac.HMAC] = {}
         self._chars = 0
         self._first_ns = 0
-        self._partial = Outcome()
+        self._outcome = outcome
         self._kept: list[str] | None = None
         self._is_opened = False
         self._is_closed = False
+        self._sent: asyncio.Future[int] | None = None
         self.accepted_index: int | None = None
         self.finished_index: int | None = None
 
@@ -207,6 +283,8 @@ class Record:
         self._model = {"model": clean_text(request.model, 128), "stream": request.stream}
         if request.classification is not None:
             self._model["classification"] = clean_text(request.classification, 64)
+        if request.continuation is not None and request.continuation.previous is not None:
+            self._model["previous_response"] = clean_text(request.continuation.previous, 128)
         self._decision = {
             "policy": {
                 "digest": decision.policy_digest,
@@ -222,17 +300,17 @@ class Record:
                 "audit_text": obligations.audit_text,
             },
         }
+        if obligations.ban_tokens:
+            words = [clean_text(word, 64) for word in obligations.ban_tokens[:64]]
+            self._decision["obligations"]["ban_tokens"] = words
 
-    async def accept(self, prompt: Prompt, scan: ScanReport, effective: dict[str, Any]) -> int:
-        """Make the request's record durable; no token may be computed before this returns.
+    async def accept(self, prompt: Prompt, scan: ScanReport, effective: dict[str, Any]) -> None:
+        """Send the request's record to the log; no token may be computed before `durable` returns.
 
         Args:
             prompt: What goes to the engine.
             scan: The guard's verdict on what came in.
             effective: What `Model.describe` says: model, digest, and under `params` the parameters after clamping.
-
-        Returns:
-            The entry's index.
 
         Raises:
             AuditUnavailableError: The log cannot be written; the request gets 503.
@@ -260,12 +338,27 @@ class Record:
             entry["shadow"] = {"id": prompt.shadow.id, "version": prompt.shadow.version, "digest": prompt.shadow.digest}
         if prompt.stand_in is not None:
             entry["stand_in"] = prompt.stand_in
+        if prompt.banned_ids:
+            entry["banned_tokens"] = list(prompt.banned_ids)
         self._is_opened = True  # from here on the entry may be durable, answered or not
-        self.accepted_index = await self._audit.append(entry)
-        return self.accepted_index
+        self._sent = self._audit.submit(entry)
+
+    async def durable(self) -> int:
+        """Wait until what `accept` or `finish` sent is durable; return its index.
+
+        Raises:
+            AuditUnavailableError: The log cannot be written; the request gets 503, or its answer ends with an error.
+        """
+        assert self._sent is not None  # noqa: S101 - the pipeline sends first
+        index = await self._audit.durable(self._sent)
+        if self._is_closed:
+            self.finished_index = index
+        else:
+            self.accepted_index = index
+        return index
 
     def count(self, deltas: list[Delta]) -> None:
-        """Take note of what leaves: its keyed hash, its length, when the first of it left."""
+        """Take note of what leaves: its keyed hash, its length, when the first of it left, how it ends."""
         if not self._first_ns:
             self._first_ns = self._audit.timer_ns()
         parts: dict[int, list[str]] = {}
@@ -278,7 +371,7 @@ class Record:
             if delta.tool_calls:
                 said.extend(_spoken(delta.tool_calls))
             if delta.usage is not None or delta.finish_reason is not None:
-                self._partial.absorb([delta])
+                self._outcome.absorb([delta])
         for index, said in parts.items():
             text = "".join(said)
             if self._kept is not None:
@@ -289,18 +382,15 @@ class Record:
                 keyed = self._answers[index] = self._audit.new_text_hmac(self._tenant)
             keyed.update(text.encode("utf-8", "surrogatepass"))
 
-    async def finish(self, outcome: Outcome) -> int:
-        """Make the outcome durable; the last bytes of the answer may leave when this returns.
-
-        Returns:
-            The entry's index.
+    async def finish(self, outcome: Outcome) -> None:
+        """Send the outcome to the log; the last bytes of the answer may leave when `durable` returns.
 
         Raises:
             AuditUnavailableError: The log cannot be written; the answer ends with an error.
         """
         if self._kept is not None:
             await self._audit.keep(self._tenant, self.request_id, "answer", "".join(self._kept))
-        return await self._close(outcome, "")
+        await self._close(outcome, "")
 
     # The end, in every case ---------------------------------------------------------------------------------------
 
@@ -311,13 +401,21 @@ class Record:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._is_closed:
+            if self._sent is not None and not self._sent.done():  # the client left between `finish` and `durable`
+                try:
+                    await self.durable()
+                except AuditUnavailableError:
+                    if error is None:  # else the caller hears of that one, and the writer closes the request as unknown
+                        raise
             return
-        outcome = self._partial  # what was counted before the end that nobody planned
+        outcome = self._outcome  # what was counted before the end that nobody planned
         reason = ""
         if error is None:
             outcome.error_code, reason = "not_finished", "the pipeline ended without an outcome"
         elif isinstance(error, (asyncio.CancelledError, GeneratorExit)):
             outcome.status, reason = "aborted", "the client left or the server drained"
+        elif isinstance(error, SupersededError):
+            outcome.status, outcome.error_code, reason = "aborted", error.code, str(error)
         elif isinstance(error, StrongroomError):
             outcome.status = "denied" if isinstance(error, _DENIALS) else "failed"
             outcome.error_code = error.code
@@ -325,22 +423,28 @@ class Record:
         else:
             outcome.error_code, reason = "internal_error", type(error).__name__
         try:
-            await self._refuse(error, outcome, reason) if not self._is_opened else await self._close(outcome, reason)
+            if self._is_opened:
+                await self._close(outcome, reason)
+            else:
+                self._refuse(error, outcome, reason)
+            await self.durable()
         except AuditUnavailableError:
             # With an error under way the caller hears of that one, and the writer closes the request as unknown; a
             # refusal alone must not be answered off the record.
             if not isinstance(error, AuditUnavailableError) and not self._is_opened and isinstance(error, Exception):
                 raise
 
-    async def _refuse(self, error: BaseException | None, outcome: Outcome, reason: str) -> None:
+    def _refuse(self, error: BaseException | None, outcome: Outcome, reason: str) -> None:
         self._is_closed = True
+        if isinstance(error, RequestError):
+            outcome.status = "denied"
         entry = {
             **self._base,
             **self._model,
             **self._decision,
             "event": Event.REQUEST_REFUSED.value,
             "time": format_time(self._audit.clock_ns()),
-            "outcome": "denied" if isinstance(error, RequestError) else outcome.status,
+            "outcome": outcome.status,
             "code": outcome.error_code or "",
             "reason": clean_text(reason, 256),
             "duration_us": (self._audit.timer_ns() - self._opened_ns) // 1_000,
@@ -354,11 +458,13 @@ class Record:
                 {str(key): _param(value) for key, value in finding.items() if key in _FINDING_KEYS}
                 for finding in error.findings[:_MAX_FINDINGS]
             ]
-        self.finished_index = await self._audit.append(entry)
+        self._sent = self._audit.submit(entry)
 
-    async def _close(self, outcome: Outcome, reason: str) -> int:
+    async def _close(self, outcome: Outcome, reason: str) -> None:
         if self._is_closed or not self._is_opened:
             raise RuntimeError("A record is finished once, after it was accepted.")
+        if self._sent is not None and not self._sent.done():  # refused between `accept` and `durable`
+            await self.durable()
         self._is_closed = True
         now_ns = self._audit.timer_ns()
         usage = outcome.usage
@@ -396,8 +502,7 @@ class Record:
             entry["code"] = clean_text(outcome.error_code, 64)
         if reason:
             entry["reason"] = clean_text(reason, 256)
-        self.finished_index = await self._audit.append(entry)
-        return self.finished_index
+        self._sent = self._audit.submit_end(entry)
 
 
 _FINDING_KEYS = frozenset({"rule", "category", "severity", "cwe", "line", "language"})

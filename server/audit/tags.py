@@ -14,6 +14,11 @@ class Event(StrEnum):
     REQUEST_REFUSED = "gateway:request:refused"
     CREDENTIAL_REFUSED = "gateway:credential:refused"
 
+    # An answer that its caller had kept, and what became of it.
+    RESPONSE_STORED = "gateway:response:stored"
+    RESPONSE_READ = "gateway:response:read"
+    RESPONSE_DELETED = "gateway:response:deleted"
+
     # The log itself; only the writer appends these.
     LOG_STARTED = "audit:log:started"
     LOG_STOPPED = "audit:log:stopped"
@@ -27,6 +32,9 @@ class Event(StrEnum):
     TEXT_KEY_DESTROYED = "audit:text-key:destroyed"
     EXPORT_DELAYED = "audit:export:delayed"
     EXPORT_RESUMED = "audit:export:resumed"
+    WITNESS_REFUSED = "audit:witness:refused"
+    WITNESS_LOST = "audit:witness:lost"
+    WITNESS_RESUMED = "audit:witness:resumed"
 
     # Weights and their keys. The intent is durable before the key service is asked.
     KEY_REQUESTED = "weights:key:requested"
@@ -36,6 +44,7 @@ class Event(StrEnum):
     MODEL_LOADED = "weights:model:loaded"
     MODEL_REFUSED = "weights:model:refused"
     MODEL_UNSEALED = "weights:model:unsealed"
+    MODEL_FLOOR_RAISED = "weights:floor:raised"
     MODEL_FLOOR_LOWERED = "weights:floor:lowered"
 
     # Processes.
@@ -44,7 +53,14 @@ class Event(StrEnum):
     ENGINE_STARTED = "supervisor:engine:started"
     ENGINE_STOPPED = "supervisor:engine:stopped"
     ENGINE_DIED = "supervisor:engine:died"
+    ENGINE_UNHEALTHY = "supervisor:engine:unhealthy"
+    ENGINE_GIVEN_UP = "supervisor:engine:given-up"
+    GATEWAY_STARTED = "supervisor:gateway:started"
+    GATEWAY_STOPPED = "supervisor:gateway:stopped"
     GATEWAY_DIED = "supervisor:gateway:died"
+    GATEWAY_UNHEALTHY = "supervisor:gateway:unhealthy"
+    GATEWAY_GIVEN_UP = "supervisor:gateway:given-up"
+    GATEWAY_CONFIGURED = "gateway:service:configured"
 
     # Administration.
     API_KEY_CREATED = "admin:api-key:created"
@@ -52,8 +68,6 @@ class Event(StrEnum):
     API_KEY_REVOKED = "admin:api-key:revoked"
     POLICY_CHANGED = "admin:policy:changed"
     TEMPLATE_CHANGED = "admin:template:changed"
-    MODEL_CHANGED = "admin:model:changed"
-    RULES_CHANGED = "admin:rules:changed"
     BUDGET_CHANGED = "admin:budget:changed"
     SETTINGS_CHANGED = "admin:settings:changed"
     RENDER_SHOWN = "admin:render:shown"
@@ -63,5 +77,6 @@ class Event(StrEnum):
     INCIDENT_CLOSED = "admin:incident:closed"
 
     # The guard.
+    TEXT_SCANNED = "guard:text:scanned"
+    ANSWER_SCANNED = "guard:answer:scanned"
     SCANNER_FAILED = "guard:scanner:failed"
-    REVIEW_FINISHED = "guard:review:finished"

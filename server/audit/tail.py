@@ -60,15 +60,20 @@ class Cursor:
 
     def _read_segment(self) -> Iterator[tuple[Path, Commit]]:
         """Read on; what looks damaged may be a commit that is being written, so it is looked at more than once."""
-        for attempt in range(_ATTEMPTS):
+        num_failures = 0
+        while True:
+            before = self._offset
             try:
                 yield from self._read_once()
             except JournalError as err:
                 if err.torn_bytes:
                     return
-                if attempt + 1 == _ATTEMPTS:
+                # What was buffered is older than what came after it: behind a slow reader, commits look damaged again
+                # and again, and each look gets further. Only a place that stays as it is, is damaged.
+                num_failures = 0 if self._offset > before else num_failures + 1
+                if num_failures == _ATTEMPTS:
                     raise TileError(f"The journal is damaged at entry {err.index}: {err}") from err
-                time.sleep(_RETRY_S)
+                time.sleep(_RETRY_S if num_failures else 0)
             else:
                 return
 

@@ -8,25 +8,22 @@ import json
 import os
 import threading
 import time
+from hashlib import sha256
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, NamedTuple
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 from typing_extensions import override
 
-from server.audit.checkpoint import NoteError, VerifierKey, cosign, split_note, verify_checkpoint, verify_note
+from server.audit.checkpoint import NoteError, cosign, split_note, verify_checkpoint
 from server.audit.log import sync_folder
 from server.audit.merkle import ProofError, verify_consistency
-from server.audit.tiles import TileReader
-from server.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from server.audit.checkpoint import Checkpoint, Signer
+    from server.audit.checkpoint import Checkpoint, Signer, VerifierKey
 
 MAX_REQUEST_BYTES = 64 * 1024
 _MAX_PROOF_LINES = 63
@@ -107,7 +104,8 @@ class Witness:
         return int(fields["size"]), bytes.fromhex(fields["root"])
 
     def _path(self, origin: str) -> Path:
-        return self._state / f"{origin.encode().hex()[:200]}.json"
+        name = origin.encode().hex()
+        return self._state / f"{name if len(name) <= 200 else sha256(origin.encode()).hexdigest()}.json"
 
     def _store(self, checkpoint: Checkpoint, note: str) -> None:
         path = self._path(checkpoint.origin)
@@ -122,8 +120,9 @@ class Witness:
 
     def _keep_evidence(self, note: str) -> None:
         """Keep what the log signed and should not have: it proves a fork to anybody."""
-        path = self._state / f"conflict-{int(self._clock())}-{os.urandom(4).hex()}.note"
-        path.write_text(note)
+        path = self._state / f"conflict-{sha256(note.encode()).hexdigest()[:32]}.note"
+        if not path.exists():  # a log that asks again with the same checkpoint proves nothing new
+            path.write_text(note)
 
 
 def _parse_request(body: str) -> tuple[int, list[bytes], str]:
@@ -179,73 +178,3 @@ def make_server(witness: Witness, host: str, port: int) -> ThreadingHTTPServer:
             """Say nothing: the state folder has what matters."""
 
     return ThreadingHTTPServer((host, port), Handler)
-
-
-class WitnessError(Exception):
-    """The witness refused, or answered with something that is no cosignature."""
-
-
-def submit(directory: Path, url: str, key: VerifierKey) -> int:
-    """Have a log's published checkpoint cosigned and keep the cosignature in `cosignatures`.
-
-    Args:
-        directory: The log.
-        url: The witness's submission prefix.
-        key: The witness's public key.
-
-    Returns:
-        The size that was cosigned.
-
-    Raises:
-        WitnessError: It refused: a fork, a rollback, or an unknown log.
-        OSError: It can't be reached.
-    """
-    if not url.startswith(("http://", "https://")):
-        raise ConfigError("A witness's address begins with http:// or https://.")
-    log_key = VerifierKey.parse((directory / "vkey").read_text())
-    note = (directory / "checkpoint").read_text()
-    size = verify_checkpoint(note, log_key).size
-    old_size = 0
-    for _ in range(3):
-        proof = TileReader(directory).consistency(old_size, size) if 0 < old_size <= size else []
-        lines = "".join(base64.b64encode(node).decode() + "\n" for node in proof)
-        status, answer = _post(f"{url.rstrip('/')}/add-checkpoint", f"old {old_size}\n{lines}\n{note}")
-        if status == HTTPStatus.CONFLICT and answer.strip().isdecimal() and int(answer) != old_size:
-            old_size = int(answer)
-            if old_size > size:
-                raise WitnessError(f"The witness has seen {old_size} entries, the log has {size}: it was rolled back.")
-            continue
-        if status != HTTPStatus.OK:
-            raise WitnessError(f"The witness refused ({status}): {answer.strip()[:200]}")
-        signed = note + answer
-        try:
-            verify_note(signed, key)
-        except NoteError as err:
-            raise WitnessError(f"The witness's answer is no cosignature: {err}") from err
-        _keep(directory / "cosignatures", note, signed, key)
-        return size
-    raise WitnessError("The witness names another size each time.")
-
-
-def _keep(path: Path, note: str, signed: str, key: VerifierKey) -> None:
-    """Write the cosigned checkpoint; cosignatures of other witnesses on the same checkpoint stay."""
-    if path.exists() and (old := path.read_text()).startswith(note):
-        others = [line for line in old[len(note) :].splitlines(keepends=True) if f"— {key.name} " not in line]
-        signed += "".join(others)
-    temporary = path.with_name(f".{path.name}")
-    with temporary.open("w") as file:
-        file.write(signed)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
-
-
-def _post(url: str, body: str) -> tuple[int, str]:
-    request = Request(url, data=body.encode(), headers={"Content-Type": "text/plain"}, method="POST")  # noqa: S310
-    try:
-        with urlopen(request, timeout=_TIMEOUT_S) as response:  # noqa: S310 - the scheme was checked by `submit`
-            return response.status, response.read(MAX_REQUEST_BYTES).decode("utf-8", "replace")
-    except HTTPError as err:
-        with err:
-            return err.code, err.read(MAX_REQUEST_BYTES).decode("utf-8", "replace")

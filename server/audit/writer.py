@@ -27,10 +27,12 @@ from server.audit.log import SEGMENT_BYTES, AuditLog
 from server.audit.tags import Event
 from server.audit.tiles import TileError, pack_entries, split_entries
 from server.audit.writer_protocol import ACK, DURABLE, LENGTH, MAX_MESSAGE_BYTES, REFUSED, UNAVAILABLE
-from server.errors import AuditLogError, StartError
+from server.errors import AuditLogError, ConfigError, StartError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from server.audit.checkpoint import Signer
 
 _MAX_GROUP_BYTES = 8 << 20
 _MAX_UNSENT_BYTES = 4 << 20
@@ -475,11 +477,27 @@ def bind(path: Path) -> socket.socket:
     return sock
 
 
+def open_signer(key: str, origin: str | None) -> Signer:
+    """Return who signs: a private key file with its .vkey beside it, or a key on a token (`pkcs11:…`).
+
+    Raises:
+        StartError: It can't be used.
+    """
+    if not key.startswith("pkcs11:"):
+        return load_audit_key(Path(key))
+    try:
+        from server.audit.token import open_token  # a package of its own, which only a token needs
+    except ImportError as err:
+        raise ConfigError("A key on a token needs the package: pip install 'strongroom[kms-pkcs11]'.") from err
+    return open_token(key, name=origin)
+
+
 def serve(
     directory: Path,
-    key: Path,
+    key: str,
     path: Path,
     *,
+    origin: str | None = None,
     segment_bytes: int = SEGMENT_BYTES,
     publish_interval_s: float = 0.2,
     heartbeat_s: float = 60.0,
@@ -494,7 +512,7 @@ def serve(
     orphans: dict[bytes, None] = {}
     log = AuditLog(
         directory,
-        load_audit_key(key),
+        open_signer(key, origin),
         segment_bytes=segment_bytes,
         on_entry=lambda entry: follow(orphans, entry),
     )
@@ -518,7 +536,8 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m server.audit.writer", description="The audit log's writer process."
     )
     parser.add_argument("--dir", type=Path, required=True, help="the log's folder")
-    parser.add_argument("--key", type=Path, required=True, help="the private key; its .vkey lies beside it")
+    parser.add_argument("--key", required=True, help="the private key's file, its .vkey beside it; or pkcs11:token=…")
+    parser.add_argument("--origin", help="the log's name, where the key is on a token and so bears none")
     parser.add_argument("--socket", type=Path, required=True, help="where clients connect")
     parser.add_argument("--segment-bytes", type=int, default=SEGMENT_BYTES, help="when a journal segment is full")
     parser.add_argument("--publish-interval-s", type=float, default=0.2, help="how long tiles may lag behind")
@@ -534,6 +553,7 @@ def main(argv: list[str] | None = None) -> int:
             args.dir,
             args.key,
             args.socket,
+            origin=args.origin,
             segment_bytes=args.segment_bytes,
             publish_interval_s=args.publish_interval_s,
             heartbeat_s=args.heartbeat_s,

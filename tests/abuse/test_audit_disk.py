@@ -16,12 +16,26 @@ import pytest
 from server.audit.client import AuditClient, SyncAuditClient
 from server.audit.entry import new_entry
 from server.audit.log import AuditLog
+from server.audit.record import Audit
 from server.audit.tags import Event
 from server.audit.tail import entries_from
 from server.audit.verify import Verifier
 from server.audit.writer import Writer, bind
 from server.errors import AuditLogError, AuditUnavailableError
-from tests.unit.audit.audit_kit import new_signer, read_vkey, start_writer, writer_process
+from server.types import Outcome, RequestId
+from tests.unit.audit.audit_kit import (
+    CLEAN,
+    CLIENT,
+    DECISION,
+    EFFECTIVE,
+    PRINCIPAL,
+    PROMPT,
+    REQUEST,
+    new_signer,
+    read_vkey,
+    start_writer,
+    writer_process,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -134,6 +148,48 @@ async def test_a_request_that_was_open_when_the_disk_failed_can_still_be_closed(
         await client.aclose()
     report = Verifier(tmp_path / "audit").verify()
     assert (report.num_accepted, report.num_finished, report.num_unknown) == (1, 1, 0)
+
+
+async def test_a_request_that_ended_while_the_disk_failed_is_closed_once_it_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would stand open for as long as the gateway runs, and its outcome nowhere."""
+    with writer_thread(tmp_path, AuditLog(tmp_path / "audit", new_signer())):
+        client = AuditClient(tmp_path / "audit.sock")
+        audit = Audit(client, text_key=b"k" * 32)
+
+        async def request(name: str, *, is_left: bool = False) -> None:
+            async with audit.open(RequestId(name), "openai.chat", "/v1/chat/completions", CLIENT) as record:
+                record.identify(PRINCIPAL)
+                record.decide(DECISION, REQUEST)
+                await record.accept(PROMPT, CLEAN, EFFECTIVE)
+                await record.durable()
+                await may_end[name].wait()
+                await record.finish(Outcome(status="completed"))
+                if is_left:
+                    raise asyncio.CancelledError
+                await record.durable()
+
+        may_end = {name: asyncio.Event() for name in ("told", "left", "later")}
+        told, left = asyncio.create_task(request("told")), asyncio.create_task(request("left", is_left=True))
+        await append_until_it_works(client, 0)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fdatasync", _raise_eio)
+            may_end["told"].set()
+            may_end["left"].set()
+            with pytest.raises(AuditUnavailableError):
+                await told
+            with pytest.raises(asyncio.CancelledError):
+                await left
+        await append_until_it_works(client, 1)
+        may_end["later"].set()
+        await request("later")  # the first that the log takes again brings the others' ends
+        await append_until_it_works(client, 2)
+        await client.aclose()
+    report = Verifier(tmp_path / "audit").verify()
+    assert (report.num_accepted, report.num_finished, report.num_unknown) == (3, 3, 0)
+    ends = [json.loads(entry) for _, entry in entries_from(tmp_path / "audit", 0)]
+    assert {end["request_id"] for end in ends if end.get("outcome") == "completed"} == {"told", "left", "later"}
 
 
 def _raise_eio(_descriptor: int) -> None:

@@ -10,15 +10,17 @@ import socket
 import stat
 import struct
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from server.audit.client import AuditClient, SyncAuditClient
 from server.audit.entry import new_entry
+from server.audit.journal import list_segments
 from server.audit.tags import Event
 from server.audit.tail import entries_from
 from server.audit.verify import Verifier
+from server.audit.writer_protocol import ACK, DURABLE, LENGTH
 from server.errors import AuditUnavailableError
 from tests.unit.audit.audit_kit import read_vkey, start_writer, wait_until, writer_process
 
@@ -109,8 +111,9 @@ async def test_a_killed_writer_closes_orphans_when_it_comes_back(tmp_path: Path)
     with writer_process(tmp_path, "--segment-bytes", "4000") as process:
         client = AuditClient(tmp_path / "audit.sock")
         await client.append(accepted("lost"))
-        for number in range(60):  # several segments later it is still known to be open
-            await client.append(act(number))
+        number = 0  # several segments later, whatever a busy disk makes of that, it is still known to be open
+        while len(list_segments(tmp_path / "audit")) < 4:
+            await client.append(act(number := number + 1))
         process.send_signal(signal.SIGKILL)
         process.wait()
         with pytest.raises(AuditUnavailableError):
@@ -207,6 +210,44 @@ async def test_a_writer_that_hangs_is_unavailable_in_bounded_time(tmp_path: Path
             await asyncio.sleep(0.02)
         assert index == 3  # the entry nobody waited for is in the log, and answers still match
         await client.aclose()
+
+
+async def test_a_slow_disk_is_waited_for_asleep(tmp_path: Path) -> None:
+    """The client keeps its loop awake for an answer that comes at once, never for one that takes milliseconds."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(asyncio.IncompleteReadError):
+            for index in range(600):
+                (length,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
+                await reader.readexactly(length)
+                if index < 3:  # slow: many times what the client looks for
+                    await asyncio.sleep(0.2)
+                writer.write(ACK.pack(DURABLE, index, 1))
+        writer.close()
+
+    server = await asyncio.start_unix_server(answer, tmp_path / "audit.sock")
+    client = AuditClient(tmp_path / "audit.sock")
+    await client.append(act(0))
+    loop, original = asyncio.get_running_loop(), asyncio.get_running_loop().call_soon
+    num_polls = 0
+
+    def counting(callback: Any, *arguments: Any, **named: Any) -> asyncio.Handle:
+        nonlocal num_polls
+        num_polls += getattr(callback, "__name__", "") == "_poll"
+        return original(callback, *arguments, **named)
+
+    loop.call_soon = counting  # type: ignore[method-assign, assignment]
+    try:
+        assert [await client.append(act(1)), await client.append(act(2))] == [1, 2]
+        assert num_polls == 0  # the first answer was slow, so nobody looks for the next ones
+        for index in range(3, 600):
+            assert await client.append(act(index)) == index
+        assert num_polls > 0  # after a while it is tried again
+    finally:
+        loop.call_soon = original  # type: ignore[method-assign]
+    await client.aclose()
+    server.close()
+    await server.wait_closed()
 
 
 async def test_a_live_log_verifies_while_it_is_written(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -19,7 +20,7 @@ class FileSink:
     def __init__(self, folder: Path, *, origin: str) -> None:
         self._folder = folder
         self._origin = origin
-        folder.mkdir(parents=True, exist_ok=True)
+        self._device: int | None = None
 
     def message(self, index: int, data: bytes) -> bytes:
         """Return one entry's line."""
@@ -37,11 +38,21 @@ class FileSink:
             OSError: Nothing of this range stands yet, or all of it; send it again.
         """
         *lines, note = messages
+        self._check_mount()
         if lines:
             first, last = (int(line[9 : line.index(b",")]) for line in (lines[0], lines[-1]))
             name = f"{first:020d}-{last:020d}"
             self._write(f"{name}.jsonl", b"".join(lines))
             self._write(f"{name}.checkpoint", note)
+
+    def _check_mount(self) -> None:
+        """Notice a store that was unmounted: what is written into its empty mount point would not be in the store."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        device = self._folder.stat().st_dev
+        if self._device is None:
+            self._device = device
+        elif device != self._device:
+            raise OSError(errno.ENODEV, "the folder is on another file system than before")
 
     def _write(self, name: str, data: bytes) -> None:
         path, temporary = self._folder / name, self._folder / f".{name}"

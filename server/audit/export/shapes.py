@@ -26,6 +26,7 @@ _LOUD = frozenset(
         Event.SCANNER_FAILED,
         Event.LOG_PRUNED,
         Event.TEXT_KEY_DESTROYED,
+        Event.WITNESS_REFUSED,
     }
 )
 _LIFECYCLE = {"started": 3, "stopped": 4, "died": 4}

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 BATCH_BYTES = 256 * 1024
+OVERLAP = 4_096
 _POLL_S = 0.2
 _MAX_WAIT_S = 30.0
 
@@ -46,6 +47,25 @@ class Sink(Protocol):
         ...
 
 
+def read_cursor(path: Path) -> int:
+    """Return the next index that a receiver is to get; 0 where it has got nothing.
+
+    Raises:
+        ConfigError: The cursor is damaged.
+    """
+    if not path.exists():
+        return 0
+    try:
+        return int(json.loads(path.read_text())["index"])
+    except (ValueError, KeyError, TypeError) as err:
+        raise ConfigError(f"The export cursor {path} is damaged; delete it to send the whole log again.") from err
+
+
+def shipped_up_to(folder: Path) -> int | None:
+    """Return how far the slowest receiver whose cursor lies in `folder` has got; None if there is none."""
+    return min((read_cursor(path) for path in folder.glob("[!.]*.json")), default=None)
+
+
 class Shipper:
     """Carries one log to one sink and remembers how far it got.
 
@@ -67,7 +87,7 @@ class Shipper:
         sink: Sink,
         cursor_path: Path,
         *,
-        overlap: int = 4_096,
+        overlap: int = OVERLAP,
         on_state: Callable[[bool, int], None] | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -80,18 +100,7 @@ class Shipper:
         self._stop = False
         self._is_delayed = False
         self._cursor: Cursor | None = None
-        self.index = self._load()
-
-    def _load(self) -> int:
-        if not self._cursor_path.exists():
-            return 0
-        try:
-            fields = json.loads(self._cursor_path.read_text())
-            return int(fields["index"])
-        except (ValueError, KeyError, TypeError) as err:
-            raise ConfigError(
-                f"The export cursor {self._cursor_path} is damaged; delete it to send the whole log again."
-            ) from err
+        self.index = read_cursor(cursor_path)
 
     def _save(self, index: int) -> None:
         self.index = index

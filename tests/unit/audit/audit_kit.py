@@ -132,7 +132,7 @@ def writer_process(state: Path, *options: str, key: Path | None = None) -> Itera
         process.wait(20)
 
 
-def start_writer(state: Path, key: Path, *options: str, wait: bool = True) -> subprocess.Popen[bytes]:
+def start_writer(state: Path, key: Path | str, *options: str, wait: bool = True) -> subprocess.Popen[bytes]:
     with (state / "writer.log").open("ab") as log:
         process = subprocess.Popen(
             [

@@ -11,6 +11,7 @@ import pytest
 from server.audit import journal
 from server.audit.log import AuditLog
 from server.audit.merkle import leaf_hash, subtree_hash
+from server.audit.tail import Cursor
 from server.audit.tiles import TileReader, pack_entries
 from server.audit.verify import Verifier
 from server.errors import AuditLogError
@@ -244,3 +245,19 @@ def test_a_disk_that_lost_the_last_commit_is_noticed(tmp_path: Path, monkeypatch
     with pytest.raises(OSError, match="read back"):
         log.commit(pack_entries([entry]), [entry])
     log.release()
+
+
+def test_a_reader_slower_than_the_writer_finds_no_damage(tmp_path: Path) -> None:
+    """While the reader works on what it read ahead, the writer goes on behind it, time after time."""
+    log = AuditLog(tmp_path / "audit", new_signer())
+    entries = [event("admin:act:performed", number) for number in range(60)]
+    for entry in entries[:3]:
+        log.commit(pack_entries([entry]), [entry])
+    number, found = 3, []
+    for _, commit in Cursor(tmp_path / "audit").read():
+        found.append(commit.first)
+        for entry in entries[number : number + 1]:
+            log.commit(pack_entries([entry]), [entry])
+        number += 1
+    assert found == list(range(60))
+    log.close()

@@ -48,13 +48,12 @@ class Appender:
         self.is_down = False
         self.delay_s = delay_s
 
-    async def append(self, entry: dict[str, Any]) -> int:
+    def submit(self, entry: dict[str, Any]) -> asyncio.Future[int]:
         data = encode_entry(entry)
-        await asyncio.sleep(self.delay_s)
         if self.is_down:
             raise AuditUnavailableError("down")
         self.entries.append(parse_entry(data))
-        return len(self.entries) - 1
+        return asyncio.ensure_future(asyncio.sleep(self.delay_s, len(self.entries) - 1))
 
 
 @pytest.fixture
@@ -71,6 +70,7 @@ async def accept(record: Record) -> None:
     record.identify(PRINCIPAL)
     record.decide(DECISION, REQUEST)
     await record.accept(PROMPT, CLEAN, EFFECTIVE)
+    await record.durable()
 
 
 async def test_a_completed_request_is_two_entries_without_texts(appender: Appender) -> None:
@@ -79,6 +79,7 @@ async def test_a_completed_request_is_two_entries_without_texts(appender: Append
         record.count([Delta(text="an answer "), Delta(text="nobody may keep")])
         outcome = Outcome(status="completed", finish_reasons={0: "stop"}, usage=Usage(3, 4, 1), scan=CLEAN)
         await record.finish(outcome)
+        assert await record.durable() == 1
     accepted, finished = appender.entries
     assert accepted["event"] == "gateway:request:accepted"
     assert accepted["principal"] == {

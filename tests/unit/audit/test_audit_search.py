@@ -14,7 +14,7 @@ from server.audit import journal
 from server.audit.checkpoint import VerifierKey
 from server.audit.log import AuditLog
 from server.audit.proof import Receipt, new_receipt, verify_receipt
-from server.audit.prune import RetentionPolicy, plan, prune
+from server.audit.prune import Plan, RetentionPolicy, plan, prune
 from server.audit.receipts import Receipts
 from server.audit.search import Query, SearchIndex
 from server.audit.tail import Cursor, entries_from
@@ -195,3 +195,21 @@ def test_the_command_says_what_it_would_prune(directory: Path, tmp_path: Path, c
     written(tmp_path, keep_days=30)
     assert main(["audit", "prune", str(directory), "--policy", str(tmp_path / "retention.json")]) == 0
     assert "0 segments" in capsys.readouterr().out
+
+
+def test_what_a_receiver_has_not_got_yet_is_not_pruned(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    written(tmp_path, keep_days=30)
+    segments = journal.list_segments(directory)
+    planned = Plan(segments[1][0], (segments[0][1],), ())
+    monkeypatch.setattr("server.commands.audit.plan", lambda *_: planned)
+    cursors = directory.parent / "export"
+    cursors.mkdir()
+    (cursors / "fast.json").write_text(json.dumps({"index": segments[-1][0]}))
+    command = ["audit", "prune", str(directory), "--policy", str(tmp_path / "retention.json")]
+    assert main(command) == 0
+    (cursors / "slow.json").write_text(json.dumps({"index": segments[1][0] - 1}))
+    assert main([*command, "--yes"]) == 1
+    assert f"up to entry {segments[1][0] - 1} only" in capsys.readouterr().err
+    assert segments[0][1].exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from dataclasses import replace
 from datetime import date
@@ -111,9 +112,9 @@ async def test_policy_decides_what_is_kept_and_the_log_verifies_after_erasure(
     log = AuditLog(tmp_path / "audit", new_signer())
 
     class Appender:
-        async def append(self, entry: dict[str, Any]) -> int:
+        def submit(self, entry: dict[str, Any]) -> asyncio.Future[int]:
             data = encode_entry(entry)
-            return log.commit(pack_entries([data]), [data])
+            return asyncio.ensure_future(asyncio.sleep(0, log.commit(pack_entries([data]), [data])))
 
     audit = Audit(Appender(), text_key=SECRET, tenant_keys=keys, texts=store)
 
@@ -123,6 +124,7 @@ async def test_policy_decides_what_is_kept_and_the_log_verifies_after_erasure(
             record.identify(PRINCIPAL)
             record.decide(decision, REQUEST)
             await record.accept(PROMPT, CLEAN, EFFECTIVE)
+            await record.durable()
             record.count([Delta(text="an "), Delta(text="answer")])
             record.count([Delta(text=".")])
             await record.finish(Outcome(status="completed"))
@@ -146,7 +148,7 @@ async def test_policy_decides_what_is_kept_and_the_log_verifies_after_erasure(
 
 async def test_texts_asked_for_without_a_store_are_refused() -> None:
     class Appender:
-        async def append(self, entry: dict[str, Any]) -> int:
+        def submit(self, entry: dict[str, Any]) -> asyncio.Future[int]:
             raise AssertionError(entry["event"])
 
     decision = replace(DECISION, obligations=Obligations(audit_text=True))
