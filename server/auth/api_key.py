@@ -30,6 +30,11 @@ _KEY = re.compile(rf"sr_([a-z0-9]{{{ID_LENGTH}}})_([A-Za-z0-9]{{{SECRET_LENGTH}}
 _NO_DIGEST = bytes(32)
 
 
+def find_keys(text: str) -> list[str]:
+    """Return every key of our form that stands somewhere in a text."""
+    return [found.group() for found in _KEY.finditer(text)]
+
+
 @dataclass(frozen=True, slots=True)
 class NewKey:
     """A key just drawn: the text is shown once, only the digest is kept."""

@@ -61,7 +61,7 @@ class Authenticator:
         throttle: Failures by address.
         quarantine: What the incident switch took out of service.
         store_age_s: How old keys and quarantine in memory may be, in seconds; see `max_age_s`.
-        max_age_s: Beyond this age nobody new is let in: a revocation may have been missed.
+        max_age_s: Beyond this age nobody is served any more: a revocation may have been missed.
         tokens: Access tokens, where an identity provider is configured.
         certificates: Client certificates, where mutual TLS is configured.
     """
@@ -93,8 +93,7 @@ class Authenticator:
             RateLimitedError: Too many failures from this address.
             UnavailableError: Keys in memory are too old to be relied on.
         """
-        if self._store_age_s() > self._max_age_s:
-            raise UnavailableError("Revocations can't be read from the store; nobody is let in until they can.")
+        self._check_age()
         try:
             principal = await self._identify(credentials, client)
             if self._is_quarantined(principal):
@@ -110,15 +109,25 @@ class Authenticator:
         return principal
 
     def is_revoked(self, principal: Principal) -> bool:
-        """Whether the credential behind `principal` was revoked, quarantined or ran out since."""
+        """Whether the credential behind `principal` was revoked, quarantined or ran out since.
+
+        Raises:
+            UnavailableError: Keys in memory are too old to tell.
+        """
+        self._check_age()
         if self._is_quarantined(principal):
             return True
         if principal.method == "api_key":
             return self._ring.is_revoked(principal.credential_id)
-        if principal.method == "mtls" and self._certificates is not None:
-            return self._certificates.is_revoked(principal.credential_id)
+        certificates = self._certificates if principal.method == "mtls" else None
+        if certificates is not None and certificates.is_revoked(principal.credential_id):
+            return True
         # A token can't be revoked at its provider in a way that we hear of; it ends with its own expiry.
         return principal.expires_at_s is not None and self._ring.now_s() >= principal.expires_at_s
+
+    def _check_age(self) -> None:
+        if self._store_age_s() > self._max_age_s:
+            raise UnavailableError("Revocations can't be read from the store; nobody is served until they can.")
 
     async def _identify(self, credentials: Credentials, client: Client) -> Principal:
         if credentials.malformed is not None:

@@ -103,7 +103,7 @@ class ProviderKeys:
             for entry in document.get("keys", ()):
                 try:
                     key = jwt.PyJWK.from_dict(entry)
-                except (jwt.PyJWKError, jwt.InvalidKeyError, KeyError, TypeError):
+                except (jwt.PyJWKError, jwt.InvalidKeyError, KeyError, TypeError, ValueError, AttributeError):
                     continue  # a key of a kind that we don't know signs no token that we accept
                 if key.key_id and key.key_type != "oct" and key.public_key_use in (None, "sig"):
                     keys[key.key_id] = key

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import time
 from collections import OrderedDict
@@ -19,6 +20,8 @@ from server.types import Principal, SubjectId, TenantId
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+log = logging.getLogger("strongroom.auth")
 
 MAX_REMEMBERED = 4096
 MAX_FILE_BYTES = 1 << 22
@@ -45,7 +48,8 @@ class CertificateMap:
     Args:
         rules: How names become a principal.
         revoked: A file with the SHA-256 of each revoked certificate's DER in hex, one a line, `#` for comments. It is
-            read again within a second of a change; a file that can't be read any more leaves the last list standing.
+            read again within a second of a change. A file that can't be read any more, or has a line that is none,
+            takes nothing back: what was revoked stays so, what it names besides is revoked too, and the log says so.
         clock: Seconds since the epoch.
 
     Raises:
@@ -63,7 +67,10 @@ class CertificateMap:
         self._stamp: tuple[int, int] | None = None
         self._checked_at_s = -CHECK_FILE_S
         if revoked is not None:
-            self._revoked, self._stamp = _read(revoked), _stamp(revoked)
+            self._stamp = _stamp(revoked)  # before it is read: what changes in between is read again
+            self._revoked, num_bad = _read(revoked)
+            if num_bad:
+                raise ConfigError(f"{revoked}: every line must be the SHA-256 of a certificate as 64 hex digits.")
 
     def authenticate(self, certificate: bytes) -> Principal:
         """Map a certificate that TLS has verified to a principal.
@@ -121,10 +128,22 @@ class CertificateMap:
         self._checked_at_s = self._clock()
         try:
             stamp = _stamp(self._path)
-            if stamp != self._stamp:
-                self._revoked, self._stamp = _read(self._path), stamp
-        except ConfigError:
-            return self._revoked  # half written or gone: what was revoked stays so; the next look comes in a second
+            if stamp == self._stamp:
+                return self._revoked
+            revoked, num_bad = _read(self._path)
+        except ConfigError as err:  # gone, perhaps for a moment: the next look comes in a second
+            if self._stamp is not None:
+                self._stamp = None
+                log.error("what was revoked stays so, but nothing new is: %s", err)  # noqa: TRY400 - it says all
+            return self._revoked
+        if num_bad:
+            log.error(
+                "lines of the file of revoked certificates are no SHA-256 in 64 hex digits; the others hold, and "
+                "what was revoked before stays so",
+                extra={"file": str(self._path), "bad_lines": num_bad},
+            )
+            revoked |= self._revoked
+        self._revoked, self._stamp = revoked, stamp
         return self._revoked
 
 
@@ -148,15 +167,15 @@ def _stamp(path: Path) -> tuple[int, int]:
     return found.st_mtime_ns, found.st_size
 
 
-def _read(path: Path) -> frozenset[str]:
+def _read(path: Path) -> tuple[frozenset[str], int]:
+    """Return the fingerprints in a file, and how many lines are none."""
     try:
         content = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"The file of revoked certificates {path} can't be read ({error.strerror}).") from error
     if len(content) > MAX_FILE_BYTES:
         raise ConfigError(f"The file of revoked certificates {path} is larger than {MAX_FILE_BYTES} bytes.")
-    lines = content.decode("ascii", errors="replace").splitlines()
+    lines = content.decode("utf-8-sig", errors="replace").splitlines()  # some editors begin a file with such a mark
     prints = {line.split("#")[0].strip().replace(":", "").lower() for line in lines} - {""}
-    if not all(_FINGERPRINT.fullmatch(one) for one in prints):
-        raise ConfigError(f"{path}: every line must be the SHA-256 of a certificate as 64 hex digits.")
-    return frozenset(prints)
+    good = frozenset(one for one in prints if _FINGERPRINT.fullmatch(one))
+    return good, len(prints) - len(good)

@@ -106,12 +106,9 @@ class OIDCVerifier:
             return known
         key_id, algorithm = self._read_header(token)
         key = self._keys.find(key_id)
-        if key is None and self._keys.may_look():
-            try:
-                await asyncio.to_thread(self._keys.fetch)
-            except UnavailableError:
-                if not self._keys.has_keys:
-                    raise
+        if key is None and (self._is_refreshing or self._keys.may_look()):
+            # One thread for all who wait: a crowd with invented ids must not take those that others' requests need.
+            await asyncio.shield(self._refresh_behind())
             key = self._keys.find(key_id)
         elif self._keys.is_stale():
             self._refresh_behind()
@@ -201,8 +198,12 @@ class OIDCVerifier:
         if len(self._known) > MAX_REMEMBERED:
             self._known.popitem(last=False)
 
-    def _refresh_behind(self) -> None:
-        """Fetch the keys again while requests go on under the ones we have."""
+    @property
+    def _is_refreshing(self) -> bool:
+        return self._refresh is not None and not self._refresh.done()
+
+    def _refresh_behind(self) -> asyncio.Task[None]:
+        """Fetch the keys again while requests go on under the ones we have; return the task, of which there is one."""
 
         async def refresh() -> None:
             try:
@@ -212,3 +213,4 @@ class OIDCVerifier:
 
         if self._refresh is None or self._refresh.done():
             self._refresh = asyncio.get_running_loop().create_task(refresh())
+        return self._refresh

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from server.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 # TLS 1.2 with forward secrecy and authenticated encryption only; what 1.3 offers is all of that kind.
@@ -37,7 +40,7 @@ class TLSListener:
         self._files = (certificate, key)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self._stamp = self._look()
+        self._stamp: tuple[tuple[int, int], ...] = self._look()
         self.context = _new_context(certificate, key)
         if client_ca is not None:
             try:
@@ -46,8 +49,11 @@ class TLSListener:
                 raise ConfigError(f"The client CA {client_ca} can't be used ({_told(error)}).") from error
             self.context.verify_mode = ssl.CERT_REQUIRED if require_client else ssl.CERT_OPTIONAL
 
-    def poll(self) -> bool:
+    def poll(self, hand_over: Callable[[Callable[[], None]], object] | None = None) -> bool:
         """Take new files over; return whether there were any. Connections that stand keep what they began with.
+
+        Args:
+            hand_over: Runs what it is given where no handshake can begin meanwhile; here and now where None.
 
         Raises:
             ConfigError: The new files can't be used; the old ones stay in use.
@@ -57,19 +63,32 @@ class TLSListener:
             return False
         # Tried on a context of its own first: half of a new pair must not reach the one in use.
         _new_context(*self._files)
-        self.context.load_cert_chain(*self._files)
         self._stamp = stamp
+        if hand_over is None:
+            self._take()
+        else:
+            hand_over(self._take)
         return True
 
+    def _take(self) -> None:
+        try:
+            self.context.load_cert_chain(*self._files)
+        except (OSError, ssl.SSLError):  # exchanged once more since they were tried: the next look finds them new
+            self._stamp = ()
+
     def start(self) -> None:
-        """Look for new files in a thread from now on."""
+        """Look for new files in a thread from now on.
+
+        They are taken over on the running loop: a handshake that began between the loading of a certificate and of its
+        key would fail.
+        """
+        loop = asyncio.get_running_loop()
 
         def run() -> None:
             while not self._stop.wait(CHECK_S):
-                try:
-                    self.poll()
-                except ConfigError:
-                    continue  # half of a pair was written: the other half comes, or the old pair goes on
+                # Half of a pair was written: the other half comes, or the old pair goes on. Or the loop has ended.
+                with suppress(ConfigError, RuntimeError):
+                    self.poll(loop.call_soon_threadsafe)
 
         self._thread = threading.Thread(target=run, name="tls-reload", daemon=True)
         self._thread.start()

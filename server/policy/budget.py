@@ -8,22 +8,25 @@ import math
 import threading
 import time
 from collections import deque
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Protocol, Self
 
 from server.errors import RateLimitedError, UnavailableError
 from server.policy.rate import DAY_S, Grant, Shortage
+from server.policy.supersede import Completions
 from server.store.usage import HOUR_S, Spent, UsageKey, add_usage, list_usage
-from server.types import Usage
+from server.types import Completion, Usage
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+    from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
     from types import TracebackType
 
     from server.policy.fairness import Fairness
     from server.policy.limit_file import LimitBook
     from server.policy.rate import Account
+    from server.policy.supersede import Running
     from server.store.database import Store
     from server.types import Delta, ModelRequest, Outcome, Principal
 
@@ -53,8 +56,19 @@ class Ledger(Protocol):
         """Return the account of this name; None where no rule limits it."""
         ...
 
-    async def take(self, accounts: tuple[Account, ...], num_tokens: int, cost_micros: int) -> Grant | Shortage:
-        """Take what a request may use from every account, or nothing."""
+    async def adopt(self, book: LimitBook, totals: Iterable[tuple[str, str, int, int, int]]) -> None:
+        """Put rules in force, over what was used before."""
+        ...
+
+    async def take(
+        self,
+        accounts: tuple[Account, ...],
+        num_tokens: int,
+        cost_micros: int,
+        num_requests: int = 1,
+        instead: Grant | None = None,
+    ) -> Grant | Shortage:
+        """Take what a request may use from every account, or nothing; `instead`'s place among running ones is free."""
         ...
 
     def settle(self, grant: Grant, num_tokens: int, cost_micros: int) -> None:
@@ -155,7 +169,7 @@ class UsageBook:
 
 
 def sum_used(store: Store, now_s: float) -> Iterator[tuple[str, str, int, int, int]]:
-    """Yield what each account used today and this month, for `MemoryLedger.load`.
+    """Yield what each account used today and this month, for `Ledger.adopt`.
 
     Raises:
         UnavailableError: The store does not answer.
@@ -187,6 +201,7 @@ class LimitedUse:
         ledger: Who has used what.
         usage: Where what was used is written down.
         engines: The places of each model's engine; a model that is not in it has no queue.
+        completions: Places of their own for completions: a key stroke must not wait behind conversations.
     """
 
     def __init__(
@@ -196,11 +211,14 @@ class LimitedUse:
         ledger: Ledger,
         usage: UsageBook,
         engines: Mapping[str, Fairness] | None = None,
+        completions: Mapping[str, Fairness] | None = None,
     ) -> None:
         self.book = book
         self.ledger = ledger
         self.usage = usage
         self.engines = engines or {}
+        self.completions = completions or {}
+        self.typing = Completions()
         self.waiting: dict[int, deque[asyncio.Future[None]]] = {}
         self._accounts: dict[tuple[Principal, str], tuple[Account, ...]] = {}
 
@@ -211,7 +229,55 @@ class LimitedUse:
             RateLimitedError: On entering: a limit or a budget is spent, or the engine stays full.
         """
         num_choices = request.sampling.get("n") or 1
-        return Held(self, principal, request.model, prompt_tokens, max_tokens * int(num_choices))
+        return Held(self, principal, request, prompt_tokens, max_tokens * int(num_choices))
+
+    @asynccontextmanager
+    async def visit(
+        self, principal: Principal, model: str = "", num_requests: int = 1
+    ) -> AsyncGenerator[dict[str, str], None]:
+        """Count a request for which no model computes, and its place among running ones; yield the headers of limits.
+
+        A batch counts as `num_requests` and takes one place.
+
+        Raises:
+            RateLimitedError: On entering: a limit is spent.
+        """
+        taken = await self.take(self.accounts(principal, model), 0, 0, num_requests)
+        try:
+            yield taken.headers
+        finally:
+            self.ledger.settle(taken, 0, 0)
+            self.wake(taken.accounts)
+
+    async def take(
+        self,
+        accounts: tuple[Account, ...],
+        num_tokens: int,
+        cost: int,
+        num_requests: int = 1,
+        newer: Running | None = None,
+    ) -> Grant:
+        """Take what a request may use, waiting for it as long as the book allows.
+
+        Raises:
+            RateLimitedError: There is no room, and waiting that long is of no use.
+        """
+        taken = await self.ledger.take(accounts, num_tokens, cost, num_requests)
+        if newer is not None and isinstance(taken, Shortage) and taken.kind == "concurrent":
+            # What it lacks is a place, and the completions that it makes stale hold or want one.
+            for older in self.typing.stale(newer):
+                if older.grant is None:
+                    older.end()
+                elif isinstance(taken, Shortage):
+                    taken = await self.ledger.take(accounts, num_tokens, cost, num_requests, instead=older.grant)
+        if isinstance(taken, Shortage):
+            return await self._wait(accounts, num_tokens, cost, num_requests, taken)
+        return taken
+
+    def queue(self, request: ModelRequest) -> Fairness | None:
+        """Return where a request waits for its place in the engine; None where there is no queue."""
+        queues = self.completions if isinstance(request.payload, Completion) else self.engines
+        return queues.get(request.model) or self.engines.get(request.model)
 
     def accounts(self, principal: Principal, model: str) -> tuple[Account, ...]:
         """Return the accounts that a request counts against, remembered by principal."""
@@ -223,13 +289,27 @@ class LimitedUse:
                 ledger.account("subject", _subject(principal.tenant, principal.subject)),
                 *(ledger.account("team", f"{principal.tenant}/{team}") for team in sorted(principal.groups)),
                 ledger.account("tenant", principal.tenant),
-                ledger.account("model", model),
+                ledger.account("model", model) if model else None,
             ]
             known = tuple(account for account in found if account is not None)
             if len(self._accounts) >= 65536:
                 self._accounts.clear()
             self._accounts[(principal, model)] = known
         return known
+
+    async def adopt(self, book: LimitBook, totals: Iterable[tuple[str, str, int, int, int]]) -> None:
+        """Put rules and prices in force; what runs or waits goes on, those who wait under the new rules.
+
+        Raises:
+            UnavailableError: The counts can't be reached; the old rules stay.
+        """
+        await self.ledger.adopt(book, totals)
+        self.book = book
+        self._accounts.clear()
+        for queue in self.waiting.values():
+            for place in queue:
+                if not place.done():
+                    place.set_result(None)
 
     def wake(self, accounts: tuple[Account, ...]) -> None:
         """Let one that waits for each of these accounts try again."""
@@ -243,6 +323,51 @@ class LimitedUse:
                     place.set_result(None)
                     break
 
+    async def _wait(
+        self, accounts: tuple[Account, ...], num_tokens: int, cost: int, num_requests: int, short: Shortage
+    ) -> Grant:
+        """Wait for a shortage to pass, as long as the book allows: a client that is refused comes back thrice."""
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + self.book.max_wait_s
+        while True:
+            left_s = deadline_s - loop.time()
+            if left_s <= 0 or short.wait_s > left_s:
+                raise _refusal(short)
+            if short.kind == "concurrent":
+                await self._wait_for_place(accounts, left_s)
+            else:
+                await asyncio.sleep(short.wait_s)
+            taken = await self.ledger.take(accounts, num_tokens, cost, num_requests)
+            if not isinstance(taken, Shortage):
+                return taken
+            self.wake(accounts)  # the place that woke us is of no use to us: let the next one try
+            short = taken
+
+    async def _wait_for_place(self, accounts: tuple[Account, ...], left_s: float) -> None:
+        waiting = self.waiting
+        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        poll_s = self.ledger.poll_s
+        full = [
+            one
+            for one in accounts
+            if one.rule.concurrent is not None and (poll_s is not None or one.running >= one.rule.concurrent)
+        ]
+        for account in full:
+            waiting.setdefault(id(account), deque()).append(place)
+        # Where places are polled for, those who wait longest look most often: a crowd must not keep Redis busy.
+        look_s = (
+            left_s if poll_s is None else min(left_s, poll_s * max((len(waiting[id(one)]) for one in full), default=1))
+        )
+        try:
+            await asyncio.wait([place], timeout=look_s)
+        finally:
+            for account in full:
+                queue = waiting.get(id(account))
+                if queue is not None and place in queue:
+                    queue.remove(place)
+                if not queue:
+                    waiting.pop(id(account), None)
+
 
 class Held:
     """What one request holds while it runs; implements `ports.Reservation`."""
@@ -254,74 +379,109 @@ class Held:
         "_is_settled",
         "_limits",
         "_model",
+        "_num_chars",
         "_num_seen",
+        "_outcome",
         "_principal",
         "_prompt_tokens",
+        "_request",
+        "_running",
         "_seen",
         "headers",
     )
 
     def __init__(
-        self, limits: LimitedUse, principal: Principal, model: str, prompt_tokens: int, completion_tokens: int
+        self,
+        limits: LimitedUse,
+        principal: Principal,
+        request: ModelRequest,
+        prompt_tokens: int,
+        completion_tokens: int,
     ) -> None:
         self._limits = limits
         self._principal = principal
-        self._model = model
+        self._request = request
+        self._running: Running | None = None
+        self._model = request.model
         self._prompt_tokens = prompt_tokens
         self._completion_tokens = completion_tokens
         self._grant: Grant | None = None
         self._is_settled = False
         self._has_begun = False
         self._num_seen = 0
+        self._num_chars = 0
         self._seen: Usage | None = None
+        self._outcome: Outcome | None = None
         self.headers: dict[str, str] = {}
 
     async def __aenter__(self) -> Self:
+        self._running = running = self._limits.typing.begin(self._principal, self._request)
+        try:
+            return await self._enter(running)
+        except BaseException as error:
+            self._give_back(running)
+            if running.is_stale and isinstance(error, asyncio.CancelledError):
+                raise running.settle() from None
+            raise
+
+    async def _enter(self, running: Running) -> Self:
         limits = self._limits
         accounts = limits.accounts(self._principal, self._model)
         cost = limits.book.price(self._model).cost_micros(self._prompt_tokens, self._completion_tokens)
         num_tokens = self._prompt_tokens + self._completion_tokens
-        taken = await limits.ledger.take(accounts, num_tokens, cost)
-        if isinstance(taken, Shortage):
-            taken = await self._wait(accounts, num_tokens, cost, taken)
-        self._grant = taken
+        running.grant = self._grant = taken = await limits.take(accounts, num_tokens, cost, newer=running)
         self.headers = taken.headers
-        engine = limits.engines.get(self._model)
-        if engine is not None:
-            try:
-                await engine.acquire(self._principal.tenant, max_wait_s=limits.book.max_wait_s)
-            except BaseException:
-                limits.ledger.settle(taken, 0, 0)
-                limits.wake(accounts)
-                raise
+        for older in limits.typing.stale(running):
+            if older.has_place and not running.has_place:
+                older.has_place, running.has_place = False, True
+            older.end()
+        engine = limits.queue(self._request)
+        if engine is not None and not running.has_place:
+            await engine.acquire(self._principal.tenant, max_wait_s=limits.book.max_wait_s)
+            running.has_place = True
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        running = self._running
+        if running is None:
+            return
+        self._give_back(running)
+        if running.is_stale and isinstance(error, asyncio.CancelledError | GeneratorExit):
+            raise running.settle() from None
+
+    def _give_back(self, running: Running) -> None:
+        """Give back what is held: what the engine did not compute, the place in it, the one among running requests."""
         limits, grant = self._limits, self._grant
+        limits.typing.forget(running)
         if grant is None:
             return
         if not self._is_settled:
-            self._charge_seen()
-        engine = limits.engines.get(self._model)
-        if engine is not None:
+            self._charge_seen(grant)
+        engine = limits.queue(self._request)
+        if engine is not None and running.has_place:
+            running.has_place = False
             engine.release(self._principal.tenant)
         limits.wake(grant.accounts)
 
-    async def watch(self, deltas: AsyncGenerator[list[Delta], None]) -> AsyncGenerator[list[Delta], None]:
+    async def watch(
+        self, deltas: AsyncGenerator[list[Delta], None], outcome: Outcome
+    ) -> AsyncGenerator[list[Delta], None]:
         """Yield what the engine says and count it.
 
-        A caller who leaves before the end, and an answer that the guard blocks, have cost what they have cost.
+        A caller who leaves before the end, and an answer that the guard blocks, have cost what they have cost; what is
+        charged for them stands in `outcome` too.
         """
-        self._has_begun = True
+        self._has_begun, self._outcome = True, outcome
         try:
             async with aclosing(deltas):
                 async for batch in deltas:
-                    self._num_seen += len(batch)  # the engine says a token at a time
-                    last = batch[-1] if batch else None
-                    if last is not None and last.usage is not None:
-                        self._seen = last.usage
+                    self._num_seen += len(batch)
+                    for delta in batch:
+                        self._num_chars += len(delta.text) + len(delta.reasoning)
+                    if batch and (usage := batch[-1].usage) is not None:
+                        self._seen = replace(usage)  # what travels on has the cost of repairs added to it
                     yield batch
         except UnavailableError:
             self._has_begun = self._num_seen > 0  # an engine that did not answer computed nothing
@@ -329,69 +489,34 @@ class Held:
 
     def settle(self, outcome: Outcome) -> None:
         """Replace the reservation by what was really used, once."""
-        self._settle(outcome.usage)
+        if self._grant is not None and self._running is not None and not self._is_settled:
+            self._limits.typing.forget(self._running)
+            self._settle(self._grant, outcome.usage)
 
-    def _charge_seen(self) -> None:
+    def _charge_seen(self, grant: Grant) -> None:
         if self._has_begun:
-            self._settle(self._seen or Usage(self._prompt_tokens, self._num_seen))
-        elif self._grant is not None:
-            self._limits.ledger.settle(self._grant, 0, 0)
+            usage = self._seen or Usage.of_cut_off(self._prompt_tokens, self._num_seen, self._num_chars)
+            if self._outcome is not None:
+                usage.add(self._outcome.extra_usage)
+                self._outcome.usage = usage
+            self._settle(grant, usage)
+        else:
+            self._is_settled = True
+            self._limits.ledger.settle(grant, 0, 0)
 
-    def _settle(self, usage: Usage) -> None:
-        if self._is_settled or self._grant is None:
-            return
+    def _settle(self, grant: Grant, usage: Usage) -> None:
         self._is_settled = True
         limits = self._limits
         cost = limits.book.price(self._model).cost_micros(usage.prompt_tokens, usage.completion_tokens)
-        limits.ledger.settle(self._grant, usage.prompt_tokens + usage.completion_tokens, cost)
+        limits.ledger.settle(grant, usage.prompt_tokens + usage.completion_tokens, cost)
         limits.usage.add(self._principal, self._model, usage.prompt_tokens, usage.completion_tokens, cost)
-
-    async def _wait(self, accounts: tuple[Account, ...], num_tokens: int, cost: int, short: Shortage) -> Grant:
-        """Wait for a shortage to pass, as long as the book allows: a client that is refused comes back thrice."""
-        limits = self._limits
-        loop = asyncio.get_running_loop()
-        deadline_s = loop.time() + limits.book.max_wait_s
-        while True:
-            left_s = deadline_s - loop.time()
-            if left_s <= 0 or short.wait_s > left_s:
-                raise _refusal(short)
-            if short.kind == "concurrent":
-                await self._wait_for_place(accounts, left_s)
-            else:
-                await asyncio.sleep(short.wait_s)
-            taken = await limits.ledger.take(accounts, num_tokens, cost)
-            if not isinstance(taken, Shortage):
-                return taken
-            limits.wake(accounts)  # the place that woke us is of no use to us: let the next one try
-            short = taken
-
-    async def _wait_for_place(self, accounts: tuple[Account, ...], left_s: float) -> None:
-        waiting = self._limits.waiting
-        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        poll_s = self._limits.ledger.poll_s
-        full = [
-            one
-            for one in accounts
-            if one.rule.concurrent is not None and (poll_s is not None or one.running >= one.rule.concurrent)
-        ]
-        for account in full:
-            waiting.setdefault(id(account), deque()).append(place)
-        try:
-            await asyncio.wait([place], timeout=left_s if poll_s is None else min(left_s, poll_s))
-        finally:
-            for account in full:
-                queue = waiting.get(id(account))
-                if queue is not None and place in queue:
-                    queue.remove(place)
-                if not queue:
-                    waiting.pop(id(account), None)
 
 
 def _refusal(short: Shortage) -> RateLimitedError:
     words = _WORDS[short.kind]
     if math.isinf(short.wait_s):
         return RateLimitedError(
-            f"This request alone is more than this {short.dimension}'s limit of {words}; ask for fewer tokens.",
+            f"This request alone is more than this {short.dimension}'s limit of {words}; ask for less.",
             retry_after_s=MAX_RETRY_S,
             headers={"x-should-retry": "false"},
             code="request_over_limit",

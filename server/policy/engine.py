@@ -28,11 +28,15 @@ _CHARS_PER_TOKEN = 3
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What policy may know of a model; `classification` is the highest class of data that it is cleared for."""
+    """What policy may know of a model; `classification` is the highest class of data that it is cleared for.
+
+    `base` is the model whose adapter it is; what takes that out of service takes this with it.
+    """
 
     stage: str = "live"
     classification: str = "confidential"
     licence: str = ""
+    base: str = ""
 
 
 class PolicyEngine:
@@ -91,7 +95,7 @@ class PolicyEngine:
         )
 
     @property
-    def policies(self) -> PolicySet:
+    def current(self) -> PolicySet:
         """The set in force."""
         return self._in_force[0]
 
@@ -101,7 +105,7 @@ class PolicyEngine:
         Raises:
             ConfigError: The new set is wrong; the old one stays in force.
         """
-        before = self.policies.digest
+        before = self.current.digest
         fresh = self.read_next()
         self.adopt(fresh)
         return before, fresh.digest
@@ -130,6 +134,11 @@ class PolicyEngine:
             found.append((path.name, info.st_mtime_ns, info.st_size))
         return tuple(found)
 
+    def _is_quarantined(self, model: str) -> bool:
+        facts = self._models(model)
+        names = (model, facts.base) if facts is not None and facts.base else (model,)
+        return any(self._quarantine.has(Quarantined.MODEL, name) for name in names)
+
     def decide(self, principal: Principal, action: str, request: ModelRequest | None, client: Client) -> Decision:
         """Return the decision with its reason; never raises for a refusal.
 
@@ -142,7 +151,7 @@ class PolicyEngine:
         policies, answers = self._in_force
         if not covers(principal.scopes, action):
             return Decision(False, f"the credential's scopes do not reach {action}", (), policies.digest)
-        if request is not None and self._quarantine.has(Quarantined.MODEL, request.model):
+        if request is not None and not self._quarantine.is_empty and self._is_quarantined(request.model):
             return Decision(False, "this model is quarantined", (), policies.digest)
         question = self.form_question(principal, action, request, client)
         if question is None:
@@ -170,7 +179,7 @@ class PolicyEngine:
 
         What no policy of the set in force looks at is left out: it can't change the answer.
         """
-        reads = self.policies.reads
+        reads = self.current.reads
         hour, weekday = self._now() if "hour" in reads or "weekday" in reads else (0, 1)
         name = client.user_agent.partition("/")[0][:MAX_CLIENT_CHARS].lower() if "client" in reads else ""
         address = client.address if "address" in reads else ""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import hashlib
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -43,11 +44,15 @@ class Price:
 
 @dataclass(frozen=True, slots=True)
 class LimitBook:
-    """All limits: `rules` by dimension and name, `""` for every account that is not named."""
+    """All limits: `rules` by dimension and name, `""` for every account that is not named.
+
+    `digest` is the file's SHA-256 in lowercase hex; empty for rules that came from no file.
+    """
 
     rules: dict[tuple[str, str], Rule]
     prices: dict[str, Price]
     max_wait_s: float = 10.0
+    digest: str = ""
 
     def rule(self, dimension: str, name: str) -> Rule | None:
         """Return the rule of one account: its own, else that of its dimension, else None.
@@ -75,7 +80,7 @@ def load_limits(path: Path) -> LimitBook:
     if len(content) > MAX_FILE_BYTES:
         raise ConfigError(f"The limits file {path} is larger than {MAX_FILE_BYTES} bytes.")
     try:
-        return parse_limits(yaml.safe_load(content))
+        return replace(parse_limits(yaml.safe_load(content)), digest=hashlib.sha256(content).hexdigest())
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"The limits file {path} is not YAML.") from error
 

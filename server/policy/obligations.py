@@ -17,6 +17,8 @@ _SCAN_MODES = (ScanMode.OFF, ScanMode.ANNOTATE, ScanMode.REDACT, ScanMode.REPAIR
 # What may stand in for a template where the wire format has no turns, from weak to strong; see docs/templates.md.
 STAND_INS = ("none", "raw", "fim", "comment-preamble", "template-as-text")
 MAX_TOKENS_CEILING = 1_000_000
+MAX_BANNED = 64
+MAX_BANNED_CHARS = 64
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}", re.ASCII)
 _YES_NO = {"yes": True, "no": False}
 _KNOWN = frozenset(
@@ -29,8 +31,10 @@ _KNOWN = frozenset(
         "scan_output",
         "max_tokens",
         "tools",
+        "ban_tokens",
         "audit_text",
         "egress_findings",
+        "store_responses",
     }
 )
 
@@ -106,6 +110,16 @@ def parse_obligations(
     tools: tuple[str, ...] | None = None
     if "tools" in given:
         tools = () if given["tools"] == "" else tuple(sorted(part.strip() for part in given["tools"].split(",")))
+    bans: tuple[str, ...] = ()
+    if "ban_tokens" in given:
+        bans = tuple(sorted({part.strip() for part in given["ban_tokens"].split(",")}))
+        if len(bans) > MAX_BANNED or not all(
+            1 <= len(name) <= MAX_BANNED_CHARS and name.isprintable() for name in bans
+        ):
+            raise refuse(
+                f"@ban_tokens must list 1 to {MAX_BANNED} tokens as they are spelled, separated by commas, each of at "
+                f"most {MAX_BANNED_CHARS} characters that can be seen"
+            )
     return Obligations(
         templates=names("template") if "template" in given else (),
         stand_in=stand_in,
@@ -113,8 +127,10 @@ def parse_obligations(
         scan_output=mode("scan_output"),
         max_tokens=ceiling,
         tools_allowed=tools,
+        ban_tokens=bans,
         audit_text=yes_no("audit_text", default=False),
         egress_findings=yes_no("egress_findings", default=True),
+        store_responses=yes_no("store_responses", default=False),
     )
 
 
@@ -134,6 +150,8 @@ def merge_obligations(applied: Iterable[Obligations]) -> Obligations:
         scan_output=max((one.scan_output for one in all_of), key=_SCAN_MODES.index),
         max_tokens=min(ceilings) if ceilings else None,
         tools_allowed=tuple(sorted(frozenset.intersection(*tools))) if tools else None,
+        ban_tokens=tuple(sorted({name for one in all_of for name in one.ban_tokens})),
         audit_text=any(one.audit_text for one in all_of),
         egress_findings=all(one.egress_findings for one in all_of),
+        store_responses=all(one.store_responses for one in all_of),
     )

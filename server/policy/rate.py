@@ -6,15 +6,18 @@ import math
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
+
+from server.policy.limit_file import Rule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from server.policy.limit_file import LimitBook, Rule
+    from server.policy.limit_file import LimitBook
 
 MINUTE_S = 60.0
 DAY_S = 86400
+MAX_BACK_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,9 @@ class Account:
         self.cost_month = 0
 
 
+AnyAccount = TypeVar("AnyAccount", bound=Account)
+
+
 @dataclass(slots=True)
 class Grant:
     """What a request holds: settled once."""
@@ -107,6 +113,11 @@ class Grant:
     month: int
     headers: dict[str, str]
     lease: str = ""
+
+
+def _until(ends_s: float, num: int, limit: int) -> float:
+    """Return how long to wait for a budget's next period; for ever where not even a whole one holds `num`."""
+    return math.inf if num > limit else ends_s
 
 
 class MemoryLedger:
@@ -126,6 +137,7 @@ class MemoryLedger:
         self._book = book
         self._clock = clock
         self._accounts: dict[tuple[str, str], Account] = {}
+        self._latest_s = 0.0
         self._day = -1
         self._month = -1
         self._month_ends_s = 0.0
@@ -140,37 +152,47 @@ class MemoryLedger:
             found = self._accounts[(dimension, name)] = Account(dimension, rule)
         return found
 
-    def load(self, totals: Iterable[tuple[str, str, int, int, int]]) -> None:
-        """Take over what was used before the start.
+    async def adopt(self, book: LimitBook, totals: Iterable[tuple[str, str, int, int, int]]) -> None:
+        """Put rules in force. Accounts keep what they have counted, and count no less than the store says.
 
         Args:
+            book: The rules.
             totals: Dimension, name, tokens of today, cost of today, cost of this month.
         """
-        day, month = self._calendar(self._clock())
+        self._book = book
+        change_rules(self._accounts, book)
+        day, month = self._calendar(self._now_s())
         for dimension, name, tokens_day, cost_day, cost_month in totals:
             account = self.account(dimension, name)
             if account is not None:
-                account.day, account.tokens_day, account.cost_day = day, tokens_day, cost_day
-                account.month, account.cost_month = month, cost_month
+                _move_on(account, day, month)
+                account.tokens_day = max(account.tokens_day, tokens_day)
+                account.cost_day = max(account.cost_day, cost_day)
+                account.cost_month = max(account.cost_month, cost_month)
 
-    async def take(self, accounts: tuple[Account, ...], num_tokens: int, cost_micros: int) -> Grant | Shortage:
+    async def take(
+        self,
+        accounts: tuple[Account, ...],
+        num_tokens: int,
+        cost_micros: int,
+        num_requests: int = 1,
+        instead: Grant | None = None,
+    ) -> Grant | Shortage:
         """Take what a request may use from every account, or nothing."""
-        now_s = self._clock()
+        now_s = self._now_s()
         day, month = self._calendar(now_s)
         worst: Shortage | None = None
         for account in accounts:
-            if account.day != day:
-                account.day, account.tokens_day, account.cost_day = day, 0, 0
-            if account.month != month:
-                account.month, account.cost_month = month, 0
-            short = self._check(account, num_tokens, cost_micros, now_s)
+            _move_on(account, day, month)
+            num_running = account.running - (instead is not None and account in instead.accounts)
+            short = self._check(account, num_tokens, cost_micros, num_requests, num_running, now_s)
             if short is not None and (worst is None or short.wait_s > worst.wait_s):
                 worst = short
         if worst is not None:
             return worst
         minute = int(now_s // MINUTE_S)
         for account in accounts:
-            account.requests.current += 1
+            account.requests.current += num_requests
             account.tokens.current += num_tokens
             account.running += 1
             account.tokens_day += num_tokens
@@ -193,23 +215,35 @@ class MemoryLedger:
             if account.month == grant.month:
                 account.cost_month += cost
 
-    def _check(self, account: Account, num_tokens: int, cost_micros: int, now_s: float) -> Shortage | None:
+    def _check(
+        self, account: Account, num_tokens: int, cost_micros: int, num_requests: int, num_running: int, now_s: float
+    ) -> Shortage | None:
         rule = account.rule
         requests, tokens = account.requests.used(now_s), account.tokens.used(now_s)
         dimension = account.dimension
-        if rule.requests_per_minute is not None and requests + 1 > rule.requests_per_minute:
-            return Shortage(dimension, "requests", account.requests.wait_s(1, rule.requests_per_minute, now_s))
+        tomorrow_s = DAY_S - now_s % DAY_S
+        if rule.requests_per_minute is not None and requests + num_requests > rule.requests_per_minute:
+            wait_s = account.requests.wait_s(num_requests, rule.requests_per_minute, now_s)
+            return Shortage(dimension, "requests", wait_s)
         if rule.tokens_per_minute is not None and tokens + num_tokens > rule.tokens_per_minute:
             return Shortage(dimension, "tokens", account.tokens.wait_s(num_tokens, rule.tokens_per_minute, now_s))
         if rule.tokens_per_day is not None and account.tokens_day + num_tokens > rule.tokens_per_day:
-            return Shortage(dimension, "tokens_day", DAY_S - now_s % DAY_S)
+            return Shortage(dimension, "tokens_day", _until(tomorrow_s, num_tokens, rule.tokens_per_day))
         if rule.cost_micros_per_day is not None and account.cost_day + cost_micros > rule.cost_micros_per_day:
-            return Shortage(dimension, "cost_day", DAY_S - now_s % DAY_S)
+            return Shortage(dimension, "cost_day", _until(tomorrow_s, cost_micros, rule.cost_micros_per_day))
         if rule.cost_micros_per_month is not None and account.cost_month + cost_micros > rule.cost_micros_per_month:
-            return Shortage(dimension, "cost_month", self._month_ends_s - now_s)
-        if rule.concurrent is not None and account.running >= rule.concurrent:
+            wait_s = _until(self._month_ends_s - now_s, cost_micros, rule.cost_micros_per_month)
+            return Shortage(dimension, "cost_month", wait_s)
+        if rule.concurrent is not None and num_running >= rule.concurrent:
             return Shortage(dimension, "concurrent", 0.0)
         return None
+
+    def _now_s(self) -> float:
+        """Return the time; a clock that is set back by a moment must not open the last minute, day or month anew."""
+        now_s = self._clock()
+        if not 0 < self._latest_s - now_s <= MAX_BACK_S:
+            self._latest_s = now_s
+        return self._latest_s
 
     def _calendar(self, now_s: float) -> tuple[int, int]:
         day = int(now_s // DAY_S)
@@ -219,6 +253,22 @@ class MemoryLedger:
             self._month_ends_s = following.timestamp()
             self._day, self._month = day, today.year * 12 + today.month
         return self._day, self._month
+
+
+def _move_on(account: Account, day: int, month: int) -> None:
+    if account.day != day:
+        account.day, account.tokens_day, account.cost_day = day, 0, 0
+    if account.month != month:
+        account.month, account.cost_month = month, 0
+
+
+def change_rules(accounts: dict[tuple[str, str], AnyAccount], book: LimitBook) -> None:
+    """Give each account its rule of `book`; one that has none there is forgotten, and lets in whoever waits for it."""
+    for (dimension, name), account in list(accounts.items()):
+        rule = book.rule(dimension, name)
+        account.rule = rule or Rule()
+        if rule is None:
+            del accounts[(dimension, name)]
 
 
 def format_headers(

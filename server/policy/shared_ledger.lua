@@ -1,5 +1,5 @@
 -- Takes from, settles and seeds the accounts of server/policy/shared_ledger.py; one call is one atomic step.
--- KEYS[i] is the hash of an account, and KEYS[i] .. ':run' the leases of what runs on it.
+-- KEYS[i] is the hash of an account, and run(KEYS[i]) the leases of what runs on it.
 -- Time is this server's own, one clock for every replica; a test may pass another.
 
 local verb = ARGV[1]
@@ -9,6 +9,24 @@ if now < 0 then
   now = tonumber(time[1]) + tonumber(time[2]) / 1e6
 end
 local KEEP_S = 40 * 86400
+
+-- A clock that is set back by a moment must not open the last minute, day or month anew; one that was wrong by more is
+-- believed again.
+local CLOCK, MAX_BACK_S = 'strongroom:limits-clock', 60
+local latest = tonumber(redis.call('GET', CLOCK) or '0')
+if now < latest and latest - now <= MAX_BACK_S then
+  now = latest
+else
+  redis.call('SET', CLOCK, now)
+end
+
+-- What a replica read here when it last told us the store's totals; another one means that we were emptied since.
+local EPOCH = 'strongroom:limits-epoch'
+
+-- A prefix, not a suffix: names may hold a colon, and nobody may be called like another's leases.
+local function run(key) return 'strongroom:running:' .. key end
+-- A lease that ran out holds no place, but what was taken under it can still be settled for this long.
+local LATE_S = 3600
 
 local minute = math.floor(now / 60)
 local day = math.floor(now / 86400)
@@ -76,8 +94,16 @@ local function wait(current, previous, num, limit)
   return math.max(0.001, (2 - (limit - num) / current - part) * 60)
 end
 
+-- Seconds until a budget's next period; -1 where not even a whole one holds num.
+local function upto(ends, num, limit)
+  if num > limit then return -1 end
+  return ends
+end
+
 if verb == 'take' then
   local tokens, cost, lease, ttl = tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5], tonumber(ARGV[6])
+  local requests, instead, epoch = tonumber(ARGV[7]), ARGV[8], ARGV[9]
+  if epoch ~= '' and redis.call('GET', EPOCH) ~= epoch then return {-1} end
   local accounts = {}
   local worst, worst_kind, worst_wait = 0, '', 0
   local function short(i, kind, seconds)
@@ -87,34 +113,37 @@ if verb == 'take' then
   for i, key in ipairs(KEYS) do
     local a = open(key)
     accounts[i] = a
-    local at = 6 + (i - 1) * 6
+    local at = 9 + (i - 1) * 6
     local rpm, tpm, running, tpd = tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2]), tonumber(ARGV[at + 3]), tonumber(ARGV[at + 4])
     local cpd, cpm = tonumber(ARGV[at + 5]), tonumber(ARGV[at + 6])
-    if rpm >= 0 and used(a.rc, a.rp) + 1 > rpm then
-      short(i, 'requests', wait(a.rc, a.rp, 1, rpm))
+    if rpm >= 0 and used(a.rc, a.rp) + requests > rpm then
+      short(i, 'requests', wait(a.rc, a.rp, requests, rpm))
     elseif tpm >= 0 and used(a.tc, a.tp) + tokens > tpm then
       short(i, 'tokens', wait(a.tc, a.tp, tokens, tpm))
     elseif tpd >= 0 and a.td + tokens > tpd then
-      short(i, 'tokens_day', 86400 - now % 86400)
+      short(i, 'tokens_day', upto(86400 - now % 86400, tokens, tpd))
     elseif cpd >= 0 and a.cd + cost > cpd then
-      short(i, 'cost_day', 86400 - now % 86400)
+      short(i, 'cost_day', upto(86400 - now % 86400, cost, cpd))
     elseif cpm >= 0 and a.cm + cost > cpm then
-      short(i, 'cost_month', month_ends - now)
+      short(i, 'cost_month', upto(month_ends - now, cost, cpm))
     elseif running >= 0 then
-      -- The leases of a replica that died end by themselves.
-      redis.call('ZREMRANGEBYSCORE', key .. ':run', '-inf', now)
-      if redis.call('ZCARD', key .. ':run') >= running then short(i, 'concurrent', 0) end
+      -- The leases of a replica that died end by themselves. Who comes in place of another needs no place beside it.
+      local held = redis.call('ZCOUNT', run(key), now, '+inf')
+      local score = instead ~= '' and redis.call('ZSCORE', run(key), instead)
+      if score and tonumber(score) >= now then held = held - 1 end
+      if held >= running then short(i, 'concurrent', 0) end
     end
   end
   if worst > 0 then return {0, worst, worst_kind, tostring(worst_wait)} end
   local answer = {1, minute, day, month}
   for i, key in ipairs(KEYS) do
     local a = accounts[i]
-    a.rc, a.tc = a.rc + 1, a.tc + tokens
+    a.rc, a.tc = a.rc + requests, a.tc + tokens
     a.td, a.cd, a.cm = a.td + tokens, a.cd + cost, a.cm + cost
     close(key, a)
-    redis.call('ZADD', key .. ':run', now + ttl, lease)
-    redis.call('EXPIRE', key .. ':run', KEEP_S)
+    redis.call('ZREMRANGEBYSCORE', run(key), '-inf', now - LATE_S)
+    redis.call('ZADD', run(key), now + ttl, lease)
+    redis.call('EXPIRE', run(key), KEEP_S)
     answer[#answer + 1] = tostring(used(a.rc, a.rp))
     answer[#answer + 1] = tostring(used(a.tc, a.tp))
   end
@@ -127,8 +156,8 @@ if verb == 'settle' then
   local in_minute, in_day, in_month = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
   local num = 0
   for _, key in ipairs(KEYS) do
-    -- Settled once: the lease says so. One whose lease ran out was counted in full, and stays so.
-    if redis.call('ZREM', key .. ':run', lease) == 1 then
+    -- Settled once: the lease says so. What is settled too late was counted in full, and stays so.
+    if redis.call('ZREM', run(key), lease) == 1 then
       num = num + 1
       local a = open(key)
       if in_minute == a.m then
@@ -147,17 +176,26 @@ end
 if verb == 'renew' then
   local ttl = tonumber(ARGV[3])
   for i, key in ipairs(KEYS) do
-    redis.call('ZADD', key .. ':run', 'XX', now + ttl, ARGV[3 + i])
+    redis.call('ZADD', run(key), 'XX', now + ttl, ARGV[3 + i])
   end
   return #KEYS
 end
 
 if verb == 'seed' then
-  if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
-  local a = open(KEYS[1])
-  a.td, a.cd, a.cm = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
-  close(KEYS[1], a)
-  return 1
+  -- Never less than the store knows; what is there counts requests that still run, too.
+  for i, key in ipairs(KEYS) do
+    local a, at = open(key), 3 * i
+    a.td = math.max(a.td, tonumber(ARGV[at]))
+    a.cd = math.max(a.cd, tonumber(ARGV[at + 1]))
+    a.cm = math.max(a.cm, tonumber(ARGV[at + 2]))
+    close(key, a)
+  end
+  return #KEYS
+end
+
+if verb == 'epoch' then
+  redis.call('SET', EPOCH, ARGV[3], 'NX')
+  return {redis.call('GET', EPOCH)}
 end
 
 return redis.error_reply('unknown verb')

@@ -6,16 +6,16 @@ import asyncio
 import math
 import secrets
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from server.errors import ConfigError, UnavailableError
-from server.policy.rate import Account, Grant, Shortage, format_headers
+from server.policy.rate import Account, Grant, Shortage, change_rules, format_headers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Awaitable, Callable, Iterable
 
     from server.policy.limit_file import LimitBook, Rule
 
@@ -24,6 +24,7 @@ _SCRIPT = (Path(__file__).parent / "shared_ledger.lua").read_text(encoding="utf-
 LEASE_S = 30.0
 RENEW_S = 10.0
 SETTLE_TRIES = 60
+BATCH = 500
 PREFIX = "strongroom:limits:"
 
 
@@ -50,6 +51,9 @@ class SharedLedger:
         book: The rules.
         clock: Seconds since the epoch; None for Redis' own, which all replicas share.
 
+    Attributes:
+        refill: Calls `adopt` with the store's totals; awaited when Redis turns out to have been emptied.
+
     Raises:
         ConfigError: The address is none.
     """
@@ -65,8 +69,12 @@ class SharedLedger:
         self._script = self._redis.register_script(_SCRIPT)
         self._book = book
         self._clock = clock
+        self.refill: Callable[[], Awaitable[None]] = lambda: self.adopt(self._book, ())
+        self._epoch = ""
+        self._refilling = asyncio.Lock()
         self._accounts: dict[tuple[str, str], SharedAccount] = {}
         self._leases: dict[str, tuple[Account, ...]] = {}
+        self._taking: set[asyncio.Task[Grant | Shortage]] = set()
         self._settling: set[asyncio.Task[None]] = set()
         self._renewing: asyncio.Task[None] | None = None
 
@@ -77,33 +85,75 @@ class SharedLedger:
             rule = self._book.rule(dimension, name)
             if rule is None:
                 return None
-            found = SharedAccount(dimension, rule, f"{PREFIX}{dimension}:{name}")
-            self._accounts[(dimension, name)] = found
+            found = self._accounts[(dimension, name)] = _new_account(dimension, name, rule)
         return found
 
-    async def seed(self, totals: Iterable[tuple[str, str, int, int, int]]) -> None:
-        """Take over what the store says was used, where Redis knows nothing of an account (it was emptied, or is new).
+    async def adopt(self, book: LimitBook, totals: Iterable[tuple[str, str, int, int, int]]) -> None:
+        """Put rules in force; accounts then count no less than the store says (Redis was emptied, or a rule is new).
 
         Args:
+            book: The rules.
             totals: Dimension, name, tokens of today, cost of today, cost of this month.
 
         Raises:
-            UnavailableError: Redis does not answer.
+            UnavailableError: Redis does not answer; the old rules stay.
         """
-        for dimension, name, tokens_day, cost_day, cost_month in totals:
-            account = self.account(dimension, name)
-            if account is not None:
-                await self._run([account], "seed", tokens_day, cost_day, cost_month)
+        epoch = (await self._run([], "epoch", secrets.token_hex(8)))[0]
+        known = [
+            (_new_account(dimension, name, rule), used)
+            for dimension, name, *used in totals
+            if (rule := book.rule(dimension, name)) is not None
+        ]
+        for start in range(0, len(known), BATCH):
+            part = known[start : start + BATCH]
+            await self._run([account for account, _ in part], "seed", *[one for _, used in part for one in used])
+        self._epoch = epoch
+        self._book = book
+        change_rules(self._accounts, book)
 
-    async def take(self, accounts: tuple[Account, ...], num_tokens: int, cost_micros: int) -> Grant | Shortage:
+    async def take(
+        self,
+        accounts: tuple[Account, ...],
+        num_tokens: int,
+        cost_micros: int,
+        num_requests: int = 1,
+        instead: Grant | None = None,
+    ) -> Grant | Shortage:
         """Take what a request may use from every account, or nothing.
 
         Raises:
             UnavailableError: Redis does not answer; nothing runs uncounted.
         """
+        taking = asyncio.get_running_loop().create_task(
+            self._take(accounts, num_tokens, cost_micros, num_requests, instead)
+        )
+        self._taking.add(taking)
+        taking.add_done_callback(self._taking.discard)
+        try:
+            return await asyncio.shield(taking)
+        except asyncio.CancelledError:  # who leaves at this moment must not leave others' budgets taken
+            taking.add_done_callback(self._give_back)
+            raise
+
+    def _give_back(self, taking: asyncio.Task[Grant | Shortage]) -> None:
+        if not taking.cancelled() and taking.exception() is None and isinstance(taken := taking.result(), Grant):
+            self.settle(taken, 0, 0)
+
+    async def _take(
+        self, accounts: tuple[Account, ...], num_tokens: int, cost_micros: int, num_requests: int, instead: Grant | None
+    ) -> Grant | Shortage:
         lease = secrets.token_hex(8)
         limits = [-1 if limit is None else limit for account in accounts for limit in _limits(account.rule)]
-        answer = await self._run(accounts, "take", num_tokens, cost_micros, lease, LEASE_S, *limits)
+        wanted = (num_tokens, cost_micros, lease, LEASE_S, num_requests, "" if instead is None else instead.lease)
+        epoch = self._epoch
+        answer = await self._run(accounts, "take", *wanted, epoch, *limits)
+        if answer[0] == -1:
+            async with self._refilling:
+                if self._epoch == epoch:  # else another request saw to it
+                    await self.refill()
+            answer = await self._run(accounts, "take", *wanted, self._epoch, *limits)
+        if answer[0] == -1:
+            raise UnavailableError("The limits can't be counted: Redis was emptied, and again while it was filled.")
         if not answer[0]:
             wait_s = float(answer[3])
             return Shortage(accounts[int(answer[1]) - 1].dimension, answer[2], math.inf if wait_s < 0 else wait_s)
@@ -158,13 +208,13 @@ class SharedLedger:
             await asyncio.sleep(RENEW_S)
             held = [(account, lease) for lease, accounts in self._leases.items() for account in accounts]
             try:
-                for start in range(0, len(held), 500):
-                    part = held[start : start + 500]
+                for start in range(0, len(held), BATCH):
+                    part = held[start : start + BATCH]
                     await self._run([account for account, _ in part], "renew", LEASE_S, *[lease for _, lease in part])
             except UnavailableError:
                 continue  # tried again in time, or the places come free early
 
-    async def _run(self, accounts: Iterable[Account], verb: str, *arguments: float | str) -> list[str]:
+    async def _run(self, accounts: Iterable[Account], verb: str, *arguments: float | str) -> list[Any]:
         now_s = -1.0 if self._clock is None else self._clock()
         keys = [account.key for account in accounts if isinstance(account, SharedAccount)]
         try:
@@ -174,6 +224,10 @@ class SharedLedger:
                 f"The limits can't be counted: Redis does not answer ({type(error).__name__})."
             ) from error
         return answer if isinstance(answer, list) else [str(answer)]
+
+
+def _new_account(dimension: str, name: str, rule: Rule) -> SharedAccount:
+    return SharedAccount(dimension, rule, f"{PREFIX}{dimension}:{name}")
 
 
 def _limits(rule: Rule) -> tuple[int | None, ...]:

@@ -26,10 +26,22 @@ def new_kit(folder, limits, **changes):
     return make_kit(folder / "state", limits={"file": str(path), **changes}, public=patience)
 
 
+# Every route of the public listener that reaches no model, but the list of models.
+OTHER_ROUTES: dict[tuple[str, str], dict[str, Any] | None] = {
+    ("POST", "/v1/scan"): {"text": "print(1)"},
+    ("POST", "/tokenize"): {"model": MODEL, "prompt": "hi"},
+    ("POST", "/v1/messages/count_tokens"): {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]},
+    ("GET", "/v1/audit/receipt/req_none"): None,
+    ("GET", "/v1/responses/resp_none"): None,
+    ("GET", "/v1/responses/resp_none/input_items"): None,
+    ("DELETE", "/v1/responses/resp_none"): None,
+}
 LIMITS = [
     {"per": "tenant", "name": "small", "requests_per_minute": 3, "tokens_per_minute": 100_000},
+    {"per": "tenant", "name": "batches", "requests_per_minute": 4},
     {"per": "tenant", "name": "daily", "tokens_per_day": 400},
     {"per": "tenant", "name": "single", "concurrent": 1},
+    *[{"per": "tenant", "name": f"only{number}", "requests_per_minute": 1} for number in range(len(OTHER_ROUTES))],
 ]
 
 
@@ -56,9 +68,7 @@ def waiting_kit(tmp_path):
 
 
 def new_key(kit, tenant):
-    key = kit.new_key(groups={"developers"}, tenant=tenant)
-    kit.wait_for_key(key)
-    return key
+    return kit.working_key(groups={"developers"}, tenant=tenant)
 
 
 def post(kit, key, **changes):
@@ -85,6 +95,36 @@ def test_a_spent_limit_is_a_429_with_its_headers_and_no_work_for_the_engine(kit)
     ids = [answer.headers["x-request-id"] for answer in (answers[0], refused)]
     events = [entry["event"] for entry in kit.entries() if entry.get("request_id") == ids[1]]
     assert events == ["gateway:request:refused"]
+
+
+@pytest.mark.parametrize("number", range(len(OTHER_ROUTES)), ids=[" ".join(route) for route in OTHER_ROUTES])
+def test_routes_that_reach_no_model_count_too(kit, number):
+    key = new_key(kit, f"only{number}")
+    (method, path), body = list(OTHER_ROUTES.items())[number]
+
+    def ask():
+        return httpx.request(method, kit.base + path, headers={"authorization": f"Bearer {key}"}, json=body, timeout=30)
+
+    assert ask().status_code in (200, 404)
+    refused = ask()
+    assert refused.status_code == 429, refused.text
+    assert 1 <= int(refused.headers["retry-after"]) <= 120
+    assert kit.entries()[-1]["code"] == "rate_limit_exceeded"
+    assert kit.entries()[-1]["event"] == "gateway:request:refused"
+
+
+def test_each_text_of_a_batch_of_scans_counts(kit):
+    key = new_key(kit, "batches")
+
+    def ask(num):
+        body = {"items": [{"text": "print(1)", "language": "python"}] * num}
+        return httpx.post(kit.base + "/v1/scan", headers={"authorization": f"Bearer {key}"}, json=body, timeout=30)
+
+    never = ask(5)
+    assert (never.status_code, never.json()["error"]["code"]) == (429, "request_over_limit")
+    assert ask(3).headers["x-ratelimit-remaining-requests"] == "1"
+    assert ask(2).status_code == 429
+    assert ask(1).status_code == 200
 
 
 def test_tokens_are_counted_and_a_request_that_never_fits_is_not_retried(kit):
@@ -200,3 +240,26 @@ async def test_a_caller_who_leaves_early_pays_for_what_was_computed(kit):
 
     await asyncio.to_thread(wait_until, lambda: [requests for requests, _tokens in spent()] == [2], limit_s=20)
     assert 10 <= spent()[0][1] < 120
+
+
+def test_a_changed_limits_file_holds_without_a_restart_and_a_bad_one_changes_nothing(tmp_path):
+    kit = new_kit(tmp_path / "kit", [])
+    try:
+        kit.start()
+        key = new_key(kit, "acme")
+        assert post(kit, key).status_code == 200
+        path = kit.settings.limits.file
+        path.write_text(yaml.safe_dump({"limits": [{"per": "tenant", "requests_per_minute": 1}], "max_wait_s": 0}))
+        wait_until(lambda: post(kit, key).status_code == 429)
+        path.write_text("limits: [")
+
+        def changes():
+            return [entry for entry in kit.entries() if entry["event"] == "admin:budget:changed"]
+
+        wait_until(lambda: len(changes()) == 2, pause_s=0.3)
+        good, bad = changes()
+        assert good["after"] == bad["before"]
+        assert bad["refused"]
+        assert post(kit, key).status_code == 429
+    finally:
+        kit.stop()

@@ -125,6 +125,23 @@ async def test_requests_a_minute(new_world):
     await world.spend()
 
 
+async def test_a_batch_counts_as_so_many_requests_and_one_that_runs(new_world):
+    world = new_world({"per": "key", "requests_per_minute": 5, "concurrent": 1})
+    async with world.limits.visit(new_principal(), num_requests=3) as headers:
+        assert headers["x-ratelimit-remaining-requests"] == "2"
+    await world.settled()
+    with pytest.raises(RateLimitedError) as caught:
+        async with world.limits.visit(new_principal(), num_requests=3):
+            raise AssertionError("it was let in")
+    assert caught.value.code == "rate_limit_exceeded"
+    async with world.limits.visit(new_principal(), num_requests=2) as headers:  # a refused batch took nothing
+        assert headers["x-ratelimit-remaining-requests"] == "0"
+    with pytest.raises(RateLimitedError) as caught:
+        async with world.limits.visit(new_principal("k2"), num_requests=6):
+            raise AssertionError("it was let in")
+    assert caught.value.code == "request_over_limit"
+
+
 async def test_tokens_are_held_in_full_and_settled_by_use(new_world):
     world = new_world({"per": "key", "tokens_per_minute": 100})
     async with world.reserve(prompt=20, most=60) as held:
@@ -149,6 +166,16 @@ async def test_what_was_not_settled_is_given_back(new_world):
 
 async def test_a_request_that_never_fits_is_told_not_to_come_back(new_world):
     world = new_world({"per": "key", "tokens_per_minute": 100}, max_wait_s=5)
+    with pytest.raises(RateLimitedError) as caught:
+        await world.spend(prompt=101, most=0)
+    assert caught.value.code == "request_over_limit"
+    assert caught.value.headers["x-should-retry"] == "false"
+
+
+@pytest.mark.parametrize("limit", [{"tokens_per_day": 100}, {"cost_per_day": 100}, {"cost_per_month": 100}])
+async def test_what_no_whole_period_holds_never_fits_just_before_its_end_either(new_world, limit):
+    world = new_world({"per": "key"} | limit, prices={"m": {"prompt": 1e6, "completion": 1e6}})
+    world.now_s += 30 * 86400 + 43200 - 60  # a minute before a day ends
     with pytest.raises(RateLimitedError) as caught:
         await world.spend(prompt=101, most=0)
     assert caught.value.code == "request_over_limit"
@@ -281,7 +308,7 @@ async def test_a_replica_that_starts_on_an_empty_redis_is_seeded_once(redis_serv
     ledger = SharedLedger(redis_server.url, book)
     limits = LimitedUse(book, ledger=ledger, usage=UsageBook())
     for _ in range(2):
-        await ledger.seed([("tenant", "acme", 90, 0, 0), ("key", "nobody", 5, 0, 0)])
+        await ledger.adopt(book, [("tenant", "acme", 90, 0, 0), ("key", "nobody", 5, 0, 0)])
     async with limits.reserve(new_principal(), REQUEST, prompt_tokens=5, max_tokens=5) as held:
         held.settle(Outcome("completed", usage=Usage(5, 5)))
     with pytest.raises(RateLimitedError):
@@ -313,6 +340,120 @@ async def test_places_of_a_replica_that_died_come_free(redis_server):
                 pytest.fail("two at once")
     await dead.close()
     await alive.close()
+
+
+async def test_nobody_is_called_like_the_leases_of_another(new_world):
+    world = new_world({"per": "subject", "concurrent": 1})
+    async with world.reserve(new_principal(subject="ana")):
+        await world.spend(new_principal(subject="ana:run"))
+        async with world.reserve(new_principal(subject="ana:run")):
+            pass
+    await world.settled()
+    await world.spend(new_principal(subject="ana"))
+
+
+@pytest.mark.parametrize("limit", [{"requests_per_minute": 1}, {"tokens_per_day": 20}])
+async def test_a_clock_set_back_by_a_moment_opens_no_window_anew(new_world, limit):
+    world = new_world({"per": "key"} | limit)
+    world.now_s = NOON_S + 43200 + 0.5  # just after midnight
+    await world.spend(used=10)
+    world.now_s -= 1
+    with pytest.raises(RateLimitedError):
+        await world.spend(used=10)
+    world.now_s -= 7 * 86400  # it was wrong by a week: it is believed again
+    await world.spend(used=10)
+
+
+async def test_a_redis_that_was_emptied_is_told_what_the_store_knows(redis_server):
+    await flush(redis_server)
+    book = parse_limits({"limits": [{"per": "tenant", "tokens_per_day": 100}], "max_wait_s": 0})
+    replicas = []
+    for _ in range(2):
+        ledger = SharedLedger(redis_server.url, book)
+        limits = LimitedUse(book, ledger=ledger, usage=UsageBook())
+        known: list[tuple[str, str, int, int, int]] = []
+
+        async def refill(ledger=ledger, known=known):
+            await ledger.adopt(book, known)
+
+        ledger.refill = refill
+        await refill()
+        replicas.append((ledger, limits, known))
+    (ledger, limits, known), (other, others, _) = replicas
+
+    async def spend(by, of):
+        async with of.reserve(new_principal(), REQUEST, prompt_tokens=30, max_tokens=30) as held:
+            held.settle(Outcome("completed", usage=Usage(30, 30)))
+        await by.wait_settled()
+
+    await spend(ledger, limits)
+    known.append(("tenant", "acme", 60, 0, 0))
+    await flush(redis_server)
+    answers = await asyncio.gather(spend(ledger, limits), spend(ledger, limits), return_exceptions=True)
+    assert [type(answer) for answer in answers] == [RateLimitedError, RateLimitedError]
+    with pytest.raises(RateLimitedError):  # the other replica tells what it knows, too, and takes nothing back
+        await spend(other, others)
+    assert await counted(redis_server) == 60
+
+    async def fail():
+        raise UnavailableError("The store does not answer.")
+
+    await flush(redis_server)
+    ledger.refill = fail
+    with pytest.raises(UnavailableError):
+        await spend(ledger, limits)
+    await ledger.close()
+    await other.close()
+
+
+async def test_one_who_leaves_while_redis_counts_takes_nothing(redis_server):
+    await flush(redis_server)
+    book = parse_limits({"limits": [{"per": "tenant", "tokens_per_day": 100, "concurrent": 1}], "max_wait_s": 0})
+    ledger = SharedLedger(redis_server.url, book)
+    limits = LimitedUse(book, ledger=ledger, usage=UsageBook())
+
+    async def hold():
+        async with limits.reserve(new_principal(), REQUEST, prompt_tokens=50, max_tokens=50):
+            await asyncio.sleep(60)
+
+    await ledger.adopt(book, ())  # connected from here on
+    for _ in range(20):
+        task = asyncio.create_task(hold())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        deadline_s = time.monotonic() + 30
+        while ledger._taking or ledger._settling:
+            assert time.monotonic() < deadline_s
+            await asyncio.sleep(0.001)
+    assert await counted(redis_server) == 0
+    async with limits.reserve(new_principal(), REQUEST, prompt_tokens=50, max_tokens=50):
+        pass
+    await ledger.close()
+
+
+async def test_what_is_settled_after_its_lease_ran_out_still_counts_as_used(redis_server):
+    await flush(redis_server)
+    now = [NOON_S]
+    book = parse_limits({"limits": [{"per": "tenant", "tokens_per_day": 100, "concurrent": 5}], "max_wait_s": 0})
+    ledger = SharedLedger(redis_server.url, book, clock=lambda: now[0])
+    limits = LimitedUse(book, ledger=ledger, usage=UsageBook())
+    async with limits.reserve(new_principal(), REQUEST, prompt_tokens=10, max_tokens=80) as held:
+        now[0] += 31  # Redis was away for so long, say
+        async with limits.reserve(new_principal(), REQUEST, prompt_tokens=1, max_tokens=1):
+            pass
+        held.settle(Outcome("completed", usage=Usage(10, 1)))
+    await ledger.wait_settled()
+    assert await counted(redis_server) == 11
+    now[0] += 7200
+    async with (
+        limits.reserve(new_principal(), REQUEST, prompt_tokens=1, max_tokens=1),
+        Redis.from_url(redis_server.url) as redis,
+    ):
+        assert await redis.zcard("strongroom:running:strongroom:limits:tenant:acme") == 1
+    await ledger.close()
 
 
 REPLICA = """
@@ -394,3 +535,19 @@ def start_replica(server, budget, mode):
 async def counted(server):
     async with Redis.from_url(server.url) as redis:
         return int(await redis.hget("strongroom:limits:tenant:acme", "td") or 0)
+
+
+async def test_new_rules_keep_what_was_counted_and_count_what_the_store_knows(new_world):
+    world = new_world({"per": "key", "tokens_per_day": 100})
+    await world.spend(used=10)
+    rules = [{"per": "key", "tokens_per_day": 30}, {"per": "tenant", "tokens_per_day": 1000}]
+    book = parse_limits({"limits": rules, "max_wait_s": 0})
+    await world.limits.adopt(book, [("key", "k1", 5, 0, 0), ("tenant", "acme", 990, 0, 0)])
+    await world.spend(prompt=5, most=5, used=5)
+    with pytest.raises(RateLimitedError):
+        await world.spend(prompt=1, most=0)
+    await world.limits.adopt(parse_limits({"limits": rules[:1], "max_wait_s": 0}), [("key", "k1", 30, 0, 0)])
+    with pytest.raises(RateLimitedError, match="key"):
+        await world.spend(prompt=1, most=0)
+    await world.limits.adopt(parse_limits({"limits": [], "max_wait_s": 0}), ())
+    await world.spend(prompt=1, most=5000)

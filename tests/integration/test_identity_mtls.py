@@ -6,6 +6,7 @@ import datetime
 import hashlib
 import os
 import ssl
+from pathlib import Path
 
 import pytest
 import uvicorn
@@ -22,7 +23,7 @@ from server.auth.pepper import Pepper
 from server.auth.throttle import FailureThrottle
 from server.auth.tls import TLSListener
 from server.errors import AuthenticationError, ConfigError
-from server.settings import ListenerSettings
+from server.settings import ListenerSettings, parse_settings
 from server.store.incidents import Quarantine
 from server.store.keys import KeyRow
 from server.types import Client, Credentials, Secret
@@ -267,13 +268,13 @@ def test_a_default_tenant_serves_where_there_is_no_organisation(files, tmp_path)
         CertificateMap(CertificateRules()).authenticate(b"\x30\x03nonsense")
 
 
-async def test_revocation_by_file_ends_requests_and_streams(files, tmp_path):
+async def test_revocation_by_file_ends_requests_and_streams(files, tmp_path, caplog):
     folder, _authority = files
     path = tmp_path / "revoked.txt"
     path.write_text("# none yet\n")
     now = [1000.0 + NOW.timestamp()]
     certificates = CertificateMap(CertificateRules(), revoked=path, clock=lambda: now[0])
-    ring = KeyRing(Pepper({1: bytes(range(32))}))
+    ring = KeyRing(Pepper({1: bytes(range(32))}), clock=lambda: now[0])
     auth = Authenticator(ring, throttle=FailureThrottle(), quarantine=Quarantine(), certificates=certificates)
     credentials = Credentials(certificate=der_of(folder / "ana.pem"))
     principal = await auth.authenticate(credentials, HERE)
@@ -283,12 +284,41 @@ async def test_revocation_by_file_ends_requests_and_streams(files, tmp_path):
     assert auth.is_revoked(principal)
     with pytest.raises(AuthenticationError):
         await auth.authenticate(credentials, HERE)
-    path.write_text("half a li")
+    for broken in (lambda: path.write_text("half a li"), path.unlink):
+        broken()
+        now[0] += 1.1
+        assert auth.is_revoked(principal)
+        assert "what was revoked" in caplog.text
+        caplog.clear()
+        now[0] += 1.1
+        assert auth.is_revoked(principal)
+        assert not caplog.text  # once is enough
+    path.write_text("")
     now[0] += 1.1
+    assert not auth.is_revoked(principal)
+    now[0] += 2 * 86400  # it is good for a day
     assert auth.is_revoked(principal)
-    path.unlink()
+
+
+def test_a_broken_line_of_the_revocation_file_keeps_nobody_in(files, tmp_path):
+    folder, authority = files
+    path = tmp_path / "revoked.txt"
+    path.write_text("")
+    now = [NOW.timestamp()]
+    certificates = CertificateMap(CertificateRules(), revoked=path, clock=lambda: now[0])
+    ana = der_of(folder / "ana.pem")
+    bob = authority.issue(tmp_path, "bob", [(NameOID.COMMON_NAME, "bob"), (NameOID.ORGANIZATION_NAME, "acme")])
+    names = [f"mtls:{hashlib.sha256(one).hexdigest()}" for one in (ana, bob)]
+    # Written by an editor that begins files with a mark, with a line that lost its comment sign.
+    path.write_text(f"{names[0][5:]}\nstolen laptop\n", encoding="utf-8-sig")
     now[0] += 1.1
-    assert auth.is_revoked(principal)
+    assert [certificates.is_revoked(name) for name in names] == [True, False]
+    path.write_text(f"stolen laptop\n{names[1][5:]}\n")
+    now[0] += 1.1
+    assert [certificates.is_revoked(name) for name in names] == [True, True]
+    path.write_text(f"{names[1][5:]}\n")
+    now[0] += 1.1
+    assert [certificates.is_revoked(name) for name in names] == [False, True]
 
 
 def test_a_missing_or_damaged_revocation_file_stops_the_start(tmp_path):
@@ -297,6 +327,14 @@ def test_a_missing_or_damaged_revocation_file_stops_the_start(tmp_path):
     (tmp_path / "bad").write_text("abc")
     with pytest.raises(ConfigError):
         CertificateMap(CertificateRules(), revoked=tmp_path / "bad")
+
+
+def test_a_revocation_file_that_nobody_would_read_stops_the_start():
+    """A listener whose certificates stand for nobody can't tell which are revoked; a setting must not promise it."""
+    tls = {"certificate": "c.pem", "key": "k.pem", "client_ca": "ca.pem", "revoked": "revoked.txt"}
+    assert parse_settings({"public": {"tls": tls}}, base=Path("/")).public.tls is not None
+    with pytest.raises(ConfigError, match=r"admin\.tls\.revoked"):
+        parse_settings({"admin": {"tls": tls}}, base=Path("/"))
 
 
 @pytest.mark.parametrize(("tenant", "is_in"), [("acme", True), ("zeta", False)])

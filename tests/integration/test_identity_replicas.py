@@ -1,6 +1,7 @@
 """Two gateways on one PostgreSQL and one Redis: keys, revocation, quarantine, budgets and tenants are common."""
 
 import asyncio
+import json
 import os
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
+from redis import Redis
 
 from benchmarks.gateway.kit import MODEL, make_kit, wait_until
 from server.store.database import Store
@@ -37,7 +39,17 @@ class Servers:
         self.folder.chmod(0o755)
         self.pg("initdb", "-D", str(self.folder / "data"), "-U", "tester", "-A", "trust", "--no-sync")
         options = f"-c listen_addresses='' -c unix_socket_directories={self.folder} -c fsync=off"
-        self.pg("pg_ctl", "-D", str(self.folder / "data"), "-o", options, "-l", str(self.folder / "log"), "-w", "start")
+        self.start_store = [
+            "-D",
+            str(self.folder / "data"),
+            "-o",
+            options,
+            "-l",
+            str(self.folder / "log"),
+            "-w",
+            "start",
+        ]
+        self.pg("pg_ctl", *self.start_store)
         redis_folder = self.folder / "redis"
         redis_folder.mkdir()
         self.redis_socket = redis_folder / "redis.sock"
@@ -65,24 +77,35 @@ class Servers:
         )
         assert done.returncode == 0, done.stderr
 
+    def stop_store(self):
+        self.pg("pg_ctl", "-D", str(self.folder / "data"), "-m", "immediate", "-w", "stop")
+
     def stop(self):
         self.redis.kill()
         self.redis.wait()
-        self.pg("pg_ctl", "-D", str(self.folder / "data"), "-m", "immediate", "-w", "stop")
+        self.stop_store()
         shutil.rmtree(self.folder)
 
 
 @pytest.fixture(scope="module")
-def replicas(tmp_path_factory):
+def servers():
+    servers = Servers()
+    yield servers
+    servers.stop()
+
+
+@pytest.fixture(scope="module")
+def replicas(tmp_path_factory, servers):
     folder = tmp_path_factory.mktemp("replicas")
     limits = folder / "limits.yaml"
     limits.write_text(
         yaml.safe_dump({
             "max_wait_s": 0,
-            "limits": [{"per": "tenant", "name": "budgeted", "tokens_per_day": BUDGET}],
+            "limits": [
+                {"per": "tenant", "name": name, "tokens_per_day": BUDGET} for name in ("budgeted", "bereft")
+            ],
         })
     )  # fmt: skip
-    servers = Servers()
     patience = {"header_timeout_s": 30.0, "body_timeout_s": 30.0, "write_timeout_s": 30.0}
     kits = [
         make_kit(
@@ -102,7 +125,6 @@ def replicas(tmp_path_factory):
     finally:
         for kit in kits:
             kit.stop()
-        servers.stop()
 
 
 def status(kit, key):
@@ -154,6 +176,30 @@ def test_quarantine_of_a_tenant_holds_in_both_and_touches_no_other(replicas):
     within_five_seconds(lambda: status(one, bad) == 200 and status(two, bad) == 200)
 
 
+def test_a_replica_that_loses_the_store_ends_what_it_answers(replicas, servers):
+    one, _ = replicas
+    key = one.working_key(groups={"developers"}, subject="streams")
+    one.control(delay_ms=100, num_tokens=2_000)
+    body = {"model": MODEL, "stream": True, "max_tokens": 2_000, "messages": [{"role": "user", "content": "hi"}]}
+    headers = {"authorization": f"Bearer {key}"}
+    lines = []
+    try:
+        with httpx.stream(
+            "POST", one.base + "/v1/chat/completions", json=body, headers=headers, timeout=60
+        ) as response:
+            for line in response.iter_lines():
+                lines.append(line)
+                if len(lines) == 4:
+                    servers.stop_store()
+        events = [line[6:] for line in lines if line.startswith("data: ")]
+        assert json.loads(events[-1])["error"]["code"] == "service_unavailable"
+        assert status(one, key) == 503
+    finally:
+        servers.pg("pg_ctl", *servers.start_store)
+        one.control()
+    one.wait_for_key(key)
+
+
 async def test_fifty_writers_at_both_spend_no_more_than_the_budget(replicas):
     one, two = replicas
     keys = [one.new_key(groups={"developers"}, tenant="budgeted", subject=f"w{number}") for number in range(5)]
@@ -201,3 +247,49 @@ async def test_fifty_writers_at_both_spend_no_more_than_the_budget(replicas):
         return sum(used.prompt_tokens + used.completion_tokens for _key, used in rows)
 
     wait_until(lambda: counted() == spent, limit_s=20, pause_s=0.2)
+
+
+async def test_nothing_that_was_spent_is_forgotten_when_a_replica_is_killed(replicas):
+    """What callers were given stays counted, what the dead one held counts as spent, and the budget still holds."""
+    one, two = replicas
+    key = one.new_key(groups={"developers"}, tenant="bereft")
+    for kit in (one, two):
+        kit.wait_for_key(key)
+        kit.control(num_tokens=40, delay_ms=5, separate=True)
+    spent = refused = cut = 0
+    async with httpx.AsyncClient(timeout=60, limits=httpx.Limits(max_connections=None)) as client:
+
+        async def write(kit):
+            nonlocal spent, refused, cut
+            if kit is one:  # else it may spend the whole budget before the other has answered once
+                await killing.wait()
+            while True:
+                try:
+                    answer = await client.post(
+                        kit.base + "/v1/chat/completions", headers={"authorization": f"Bearer {key}"}, json=BODY
+                    )
+                except httpx.HTTPError:
+                    assert kit is two, "only the dead one does not answer"
+                    cut += 1
+                    return
+                if answer.status_code == 429:
+                    refused += 1
+                    return
+                assert answer.status_code == 200, answer.text
+                spent += answer.json()["usage"]["total_tokens"]
+                if kit is two:
+                    killing.set()
+
+        killing = asyncio.Event()
+        writing = [asyncio.create_task(write(replicas[number % 2])) for number in range(8)]
+        await asyncio.wait_for(killing.wait(), timeout=60)
+        await asyncio.to_thread(two.kill, "gateway")
+        await asyncio.gather(*writing)
+    try:
+        assert cut > 0
+        assert refused > 0
+        with Redis.from_url(one.settings.limits.redis_url, decode_responses=True) as redis:
+            counted = int(redis.hget("strongroom:limits:tenant:bereft", "td"))
+        assert 0 < spent <= counted <= BUDGET
+    finally:
+        two.start_gateway()

@@ -1,14 +1,9 @@
 """The store, the same suite on SQLite and on a real PostgreSQL: migrations, change numbers, replicas, backup."""
 
-import os
-import shutil
 import sqlite3
 import stat
-import subprocess
-import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,56 +15,10 @@ from server.errors import ConfigError, ConflictError, NotFoundError, Unavailable
 from server.store.database import Store, read_seq
 from server.store.incidents import Quarantine, Quarantined, lift_incident, list_incidents, open_incident
 from server.store.keys import KeyRow, expire_key, get_key, insert_keys, list_keys, revoke_key, touch_keys
+from server.store.responses import ResponseStore
 from server.store.tables import metadata
 from server.store.usage import Spent, UsageKey, add_usage, list_usage
 from server.store.watch import StoreWatch
-
-
-class Postgres:
-    """A PostgreSQL of our own on a unix socket; it refuses to run as root, so root lends it another user."""
-
-    def __init__(self):
-        found = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
-        if not found:
-            pytest.fail("PostgreSQL is not installed; run: apt-get install postgresql")
-        self.bin = found[-1]
-        self.user = "postgres" if os.geteuid() == 0 else None
-        self.folder = Path(tempfile.mkdtemp(prefix="sr-pg-"))
-        if self.user is not None:
-            shutil.chown(self.folder, self.user)
-        self.run("initdb", "-D", str(self.folder / "data"), "-U", "tester", "-A", "trust", "--no-sync")
-        options = f"-c listen_addresses='' -c unix_socket_directories={self.folder} -c fsync=off"
-        self.run(
-            "pg_ctl", "-D", str(self.folder / "data"), "-o", options, "-l", str(self.folder / "log"), "-w", "start"
-        )
-        self.num_databases = 0
-
-    def run(self, program, *arguments, **changes):
-        done = subprocess.run(
-            [str(self.bin / program), *arguments], user=self.user, cwd="/", capture_output=True, check=False, **changes
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    def new_database(self):
-        self.num_databases += 1
-        name = f"test{self.num_databases}"
-        self.run("createdb", "-h", str(self.folder), "-U", "tester", name)
-        return name
-
-    def url(self, name):
-        return f"postgresql+psycopg://tester@/{name}?host={self.folder}"
-
-    def stop(self):
-        self.run("pg_ctl", "-D", str(self.folder / "data"), "-m", "immediate", "-w", "stop")
-        shutil.rmtree(self.folder)
-
-
-@pytest.fixture(scope="module")
-def postgres():
-    server = Postgres()
-    yield server
-    server.stop()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -117,13 +66,6 @@ def test_a_newer_store_is_refused(store, url):
 def test_a_wrong_address_is_refused(url):
     with pytest.raises(ConfigError):
         Store.open(url)
-
-
-def test_floors_go_up_and_down(store):
-    assert store.get_floor("m") == 0
-    assert store.set_floor("m", 3, by="ana") == 0
-    assert store.set_floor("m", 2, by="ana") == 3
-    assert store.get_floor("m") == 2
 
 
 def test_changes_are_numbered_and_found(store):
@@ -216,7 +158,8 @@ def test_replicas_that_start_at_once_migrate_once(url):
     with ThreadPoolExecutor(4) as pool:
         opened = list(pool.map(lambda _number: Store.open(url), range(4)))
     for one in opened:
-        assert one.get_floor("m") == 0
+        with one.read() as connection:
+            assert list_keys(connection) == []
         one.close()
 
 
@@ -336,3 +279,28 @@ def test_a_store_that_fails_while_it_serves_is_503_and_ages(tmp_path):
         watch.poll()
     assert watch.age_s() == 7.0
     store.close()
+
+
+def test_responses_are_kept_for_their_owner_and_for_a_time(url):
+    now = [1000.0]
+    opened = Store.open(url, clock=lambda: now[0])
+    kept = ResponseStore(opened, lambda tenant: tenant.encode().ljust(32, b"k"), keep_s=100)
+    try:
+        kept.put("acme", "ana", "resp_1", {"text": "x"})
+        assert kept.get("acme", "ana", "resp_1") == {"text": "x"}
+        for tenant, subject in (("acme", "ben"), ("other", "ana")):
+            with pytest.raises(NotFoundError):
+                kept.get(tenant, subject, "resp_1")
+            with pytest.raises(NotFoundError):
+                kept.delete(tenant, subject, "resp_1")
+        now[0] += 100
+        with pytest.raises(NotFoundError):
+            kept.get("acme", "ana", "resp_1")
+        kept.put("acme", "ana", "resp_2", {})  # what has expired goes on this occasion
+        with opened.read() as connection:
+            assert connection.scalar(sa.text("SELECT count(*) FROM responses")) == 1
+        kept.delete("acme", "ana", "resp_2")
+        with pytest.raises(NotFoundError):
+            kept.get("acme", "ana", "resp_2")
+    finally:
+        opened.close()

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typing_extensions import override
 
 from server.policy.cedar import PolicySet, Question
 from server.policy.obligations import _SCAN_MODES, merge_obligations
@@ -88,6 +89,62 @@ def test_what_a_set_does_not_look_at_changes_nothing(policies, busy, question, o
         assert one.ask(changed) == one.ask(question)
 
 
+TEAMS = "".join(
+    f"""
+@id("team{number}")
+@template("secure-coding")
+@scan_input("annotate")
+@scan_output("annotate")
+@max_tokens("{1000 + number}")
+permit ({head}, action {actions}, resource {resource}) when {{ {condition} }};
+"""
+    for number, (head, actions, resource, condition) in enumerate(
+        (head, actions, resource, condition)
+        for head in (
+            'principal in Group::"team1"',
+            'principal is User in Group::"team2"',
+            "principal is User",
+            'principal == User::"acme/ana"',
+            'principal in User::"acme/ana"',
+        )
+        for actions, resource, condition in (
+            ('== Action::"model:chat:create"', "is Model", 'context.data == "internal"'),
+            ('in [Action::"model:chat:create", Action::"model:message:create"]', "", "context.hour > 3"),
+            # Fails where the number is too large: what may fail decides too.
+            ('== Action::"model:chat:create"', "", "context.tokens * 9000000000000000000 > 0"),
+        )
+    )
+)
+
+
+class Whole(PolicySet):
+    """Asks all policies of every question."""
+
+    @override
+    def _slice(self, question):
+        return self._handle
+
+
+@pytest.fixture(scope="module")
+def team_sets(tmp_path_factory):
+    """The same policies twice: asked by slices, and always asked whole."""
+    folder = tmp_path_factory.mktemp("teams")
+    for path in FOLDER.glob("*.cedar*"):
+        (folder / path.name).write_text(path.read_text())
+    (folder / "95-teams.cedar").write_text(MORE + TEAMS)
+    return PolicySet.load(folder), Whole.load(folder)
+
+
+@given(questions, st.frozensets(st.sampled_from([*KNOWN_GROUPS, "team1", "team2", "team3"])), st.data())
+@settings(max_examples=500, deadline=None)
+def test_asking_a_slice_answers_as_asking_all_policies(team_sets, question, groups, data):
+    sliced, whole = team_sets
+    action = data.draw(st.sampled_from(["model:chat:create", "model:message:create", question.action]))
+    subject, tenant = data.draw(st.sampled_from([("ana", "acme"), (question.subject, question.tenant)]))
+    question = question._replace(groups=groups, action=action, subject=subject, tenant=tenant)
+    assert sliced.ask(question) == whole.ask(question)
+
+
 obligations = st.builds(
     Obligations,
     templates=st.lists(st.sampled_from(["a", "b", "c"]), unique=True).map(tuple),
@@ -96,6 +153,7 @@ obligations = st.builds(
     scan_output=st.sampled_from(list(ScanMode)),
     max_tokens=st.none() | st.integers(1, 10),
     tools_allowed=st.none() | st.frozensets(st.sampled_from(["x", "y"])).map(lambda names: tuple(sorted(names))),
+    ban_tokens=st.frozensets(st.sampled_from(["x", "y"])).map(lambda names: tuple(sorted(names))),
     audit_text=st.booleans(),
     egress_findings=st.booleans(),
 )
@@ -112,6 +170,7 @@ def test_merged_is_never_more_lenient_than_any(applied):
         if one.tools_allowed is not None:
             assert merged.tools_allowed is not None
             assert set(merged.tools_allowed) <= set(one.tools_allowed)
+        assert set(one.ban_tokens) <= set(merged.ban_tokens)
         assert merged.audit_text >= one.audit_text
         assert merged.egress_findings <= one.egress_findings
 

@@ -176,3 +176,17 @@ async def test_failures_turned_away_unseen_are_put_on_record_in_sums():
     task.cancel()
     assert log == [("gateway:credential:refused", {"reason": "throttled", "address": "10.0.0.1", "num_failures": 7})]
     assert world.throttle.take_suppressed() == {}
+
+
+async def test_whoever_is_served_is_served_no_more_once_revocations_may_have_been_missed():
+    world = World()
+    principal = await world.ask(world.key.text.reveal())
+    world.age_s = 5.0
+    assert not world.auth.is_revoked(principal)
+    world.age_s = 5.1
+    with pytest.raises(UnavailableError):
+        world.auth.is_revoked(principal)
+    with pytest.raises(UnavailableError):
+        await world.ask(world.key.text.reveal())
+    world.age_s = 0.0
+    assert not world.auth.is_revoked(principal)

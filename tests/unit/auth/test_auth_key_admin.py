@@ -225,6 +225,23 @@ def test_the_command_imports_a_file_and_revokes_a_leaked_key(state, capsys, tmp_
     assert (gone["id"], gone["state"]) == (row["id"], "revoked")
 
 
+def test_the_command_ends_every_key_that_stands_in_a_file(state, capsys, tmp_path):
+    texts, ids = [], []
+    for subject in ("ana", "bob"):
+        assert main(["keys", "create", "--state", str(state), "--subject", subject, "--json"]) == 0
+        made = json.loads(capsys.readouterr().out)
+        texts.append(made["key"])
+        ids.append(made["id"])
+    others = "sr_" + "z" * 12 + "_" + "Z" * 43
+    found = tmp_path / "dotenv"
+    found.write_text(f"# of a laptop\nexport A_KEY={texts[0]}\n{others}\ncurl -H 'x-api-key:{texts[1]}' {texts[0]}\n")
+    gone = run_json(capsys, "revoke", "--leaked", str(found), "--state", str(state))
+    assert [(row["id"], row["state"]) for row in gone] == [(key_id, "revoked") for key_id in ids]
+    found.write_text(f"export A_KEY={others}\n")
+    assert main(["keys", "revoke", "--leaked", str(found), "--state", str(state)]) != 0
+    assert "none of our keys" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

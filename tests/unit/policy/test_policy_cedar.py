@@ -147,7 +147,7 @@ def test_an_unknown_model_is_refused():
 def test_equal_questions_are_asked_once(monkeypatch):
     engine = new_engine()
     asked = []
-    ask = engine.policies.ask
+    ask = engine.current.ask
 
     def count(_self, question):
         asked.append(question)
@@ -164,6 +164,16 @@ def test_equal_questions_are_asked_once(monkeypatch):
     engine.decide(new_principal(groups=frozenset({"ci"})), "model:chat:create", new_request(), HERE)
     engine.decide(new_principal(scopes=frozenset({"*"})), "model:chat:create", new_request(), HERE)
     assert len(asked) == 4
+
+
+def test_a_model_s_quarantine_takes_its_adapters_with_it_and_no_other_model():
+    quarantine = Quarantine()
+    models = {"m": ModelFacts(base="base"), "base": ModelFacts(), "other": ModelFacts(base="else")}
+    engine = new_engine(quarantine=quarantine, models=models.get)
+    quarantine.load([Incident(1, Quarantined.MODEL, "base", "leak", 1.0, "sam")])
+    for model, allowed in (("m", False), ("base", False), ("other", True)):
+        decision = engine.decide(new_principal(), "model:chat:create", new_request(model=model), HERE)
+        assert decision.allowed is allowed, model
 
 
 def test_models_and_templates_in_quarantine_are_refused():
@@ -255,15 +265,15 @@ def test_a_schema_without_a_permission_is_refused(folder):
 
 def test_reload_takes_a_good_set_and_keeps_the_old_one_from_a_bad(folder):
     engine = new_engine(folder)
-    before = engine.policies.digest
+    before = engine.current.digest
     (folder / "a.cedar").write_text("permit (")
     with pytest.raises(ConfigError):
         engine.reload()
-    assert engine.policies.digest == before
+    assert engine.current.digest == before
     assert engine.decide(new_principal(), "model:chat:create", new_request(), HERE).allowed
     (folder / "a.cedar").write_text(GOOD.replace("principal,", 'principal in Group::"leads",'))
     old, new = engine.reload()
-    assert (old, new) == (before, engine.policies.digest)
+    assert (old, new) == (before, engine.current.digest)
     assert old != new
     assert not engine.decide(new_principal(), "model:chat:create", new_request(), HERE).allowed
 
@@ -284,6 +294,21 @@ def test_the_strictest_of_each_stands(folder):
     assert demands.tools_allowed == ("a", "b")
     assert demands.audit_text
     assert not demands.egress_findings
+
+
+def test_bans_of_all_permits_stand(folder):
+    first = GOOD.replace('@id("chat")', '@id("chat")\n@ban_tokens("<think>, eval")')
+    (folder / "a.cedar").write_text(first)
+    (folder / "b.cedar").write_text(first.replace('"chat"', '"chat2"').replace("<think>", "exec"))
+    decision = new_engine(folder).decide(new_principal(), "model:chat:create", new_request(), HERE)
+    assert decision.obligations.ban_tokens == ("<think>", "eval", "exec")
+
+
+@pytest.mark.parametrize("value", ["", "a,,b", "a\\nb", "x" * 65, ",".join(f"w{n}" for n in range(65))])
+def test_a_malformed_ban_stops_the_load(folder, value):
+    (folder / "a.cedar").write_text(GOOD.replace('@id("chat")', f'@id("chat")\n@ban_tokens("{value}")'))
+    with pytest.raises(ConfigError, match="@ban_tokens must list 1 to 64 tokens"):
+        PolicySet.load(folder)
 
 
 @pytest.mark.parametrize(

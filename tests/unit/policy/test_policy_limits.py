@@ -6,11 +6,14 @@ import math
 from contextlib import aclosing
 
 import pytest
+import yaml
 
 from server.errors import ConfigError, RateLimitedError, UnavailableError
+from server.follow import follow
 from server.policy.budget import LimitedUse, UsageBook, sum_used
 from server.policy.fairness import Fairness
 from server.policy.limit_file import load_limits, parse_limits
+from server.policy.limits_in_force import LimitsInForce
 from server.policy.rate import MemoryLedger, Window
 from server.store.database import Store
 from server.types import Chat, Delta, ModelRequest, Outcome, Principal, SubjectId, TenantId, Usage, WireFormat
@@ -53,7 +56,7 @@ async def test_use_before_the_start_counts(tmp_path):
     assert world.usage.flush(store) == 1
     assert world.usage.flush(store) == 0
     again = World(limit)
-    again.ledger.load(sum_used(store, again.now_s))
+    await again.ledger.adopt(again.limits.book, sum_used(store, again.now_s))
     await again.spend(prompt=10, most=10)
     with pytest.raises(RateLimitedError):
         await again.spend(prompt=10, most=11)
@@ -203,7 +206,7 @@ def token():
 
 async def take_and_leave(world, deltas, num_batches):
     """One request whose caller leaves, or whose answer is blocked, after so many batches."""
-    async with world.reserve(prompt=10, most=50) as held, aclosing(held.watch(deltas)) as seen:
+    async with world.reserve(prompt=10, most=50) as held, aclosing(held.watch(deltas, Outcome())) as seen:
         for _ in range(num_batches):
             await anext(seen)
         raise ConnectionError("gone")
@@ -215,6 +218,7 @@ async def take_and_leave(world, deltas, num_batches):
         ([[token()], [token(), token()], [token()]], 2, 13),
         ([[token()], [Delta(finish_reason="stop", usage=Usage(9, 7))]], 2, 16),
         ([[token()]], 0, 0),
+        ([[Delta(text="a = 1\n" * 16)], [Delta(text="b = 2\n" * 16)]], 2, 58),  # events of 24 tokens, as plain ones are
     ],
 )
 async def test_an_answer_that_is_never_settled_is_charged_for_what_was_computed(batches, num_taken, charged):
@@ -225,6 +229,27 @@ async def test_an_answer_that_is_never_settled_is_charged_for_what_was_computed(
     assert account is not None
     assert account.tokens_day == charged
     assert account.running == 0
+
+
+async def repair_and_be_blocked(world, outcome):
+    """One request whose answer is whole, but blocked although the model was asked again."""
+    said = engine_says([token()], [Delta(finish_reason="stop", usage=Usage(9, 7))])
+    async with world.reserve(prompt=10, most=50) as held, aclosing(held.watch(said, outcome)) as seen:
+        outcome.extra_usage.add(Usage(20, 5))
+        async for batch in seen:
+            outcome.absorb(batch)
+        raise ConnectionError("blocked")
+
+
+async def test_repairs_of_an_answer_that_is_blocked_are_charged_once():
+    world = World({"per": "key", "tokens_per_day": 1000})
+    outcome = Outcome()
+    with pytest.raises(ConnectionError):
+        await repair_and_be_blocked(world, outcome)
+    account = world.ledger.account("key", "k1")
+    assert account is not None
+    assert account.tokens_day == 9 + 7 + 20 + 5
+    assert (outcome.usage.prompt_tokens, outcome.usage.completion_tokens) == (29, 12)
 
 
 async def test_an_engine_that_did_not_answer_costs_nothing():
@@ -242,3 +267,67 @@ async def test_every_choice_is_held():
     with pytest.raises(RateLimitedError):
         async with world.limits.reserve(new_principal(), many, prompt_tokens=10, max_tokens=30):
             pytest.fail("it holds 130")
+
+
+def write_limits(path, *limits, **changes):
+    path.write_text(yaml.safe_dump({"limits": list(limits), "max_wait_s": 0} | changes))
+
+
+async def test_a_changed_limits_file_is_followed_and_a_bad_one_refused(tmp_path):
+    path = tmp_path / "limits.yaml"
+    store = Store.open(f"sqlite:///{tmp_path / 's.db'}")
+    log = []
+
+    async def record(event, **fields):
+        log.append((event, fields))
+
+    write_limits(path, {"per": "key", "tokens_per_day": 1000})
+    world = World()
+    in_force = LimitsInForce(world.limits, path, store, clock=lambda: world.now_s)
+    await in_force.adopt(in_force.read_next())
+    first = in_force.current.digest
+    await world.spend(used=10)
+    task = asyncio.create_task(follow(in_force, "admin:budget:changed", record, interval_s=0.01))
+
+    async def wait_for(check):
+        for _ in range(3000):
+            if check():
+                return
+            await asyncio.sleep(0.01)
+        pytest.fail("the change was not seen")
+
+    await asyncio.sleep(0)
+    path.write_text("limits: {per: key}")
+    await wait_for(lambda: len(log) == 1)
+    assert log[0][1]["refused"]
+    assert in_force.current.digest == first
+    path.unlink()
+    await wait_for(lambda: len(log) == 2)
+    assert log[1][1]["refused"]
+    # A rule that is new counts what the store knows; one that was there keeps its count.
+    write_limits(path, {"per": "key", "tokens_per_day": 100}, {"per": "tenant", "tokens_per_day": 30})
+    await wait_for(lambda: in_force.current.digest not in (first, ""))
+    assert log[2][1]["before"] == first
+    assert log[2][1]["after"] == in_force.current.digest
+    await world.spend(prompt=5, most=5, used=5)
+    with pytest.raises(RateLimitedError, match="tenant"):
+        await world.spend(prompt=1, most=0)
+    write_limits(path, {"per": "key", "tokens_per_day": 31})
+    await wait_for(lambda: len(log) == 4 and in_force.current.digest == log[3][1]["after"])
+    await world.spend(prompt=1, most=0, used=0)
+    with pytest.raises(RateLimitedError, match="key"):
+        await world.spend(prompt=1, most=0)
+    task.cancel()
+    store.close()
+
+
+async def test_who_waits_for_a_place_goes_on_under_new_rules():
+    world = World({"per": "key", "concurrent": 1}, max_wait_s=60)
+    async with world.reserve():
+        waiting = asyncio.create_task(world.spend(used=1))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert world.limits.waiting
+        await world.limits.adopt(parse_limits({"max_wait_s": 0}), ())
+        await asyncio.wait_for(waiting, timeout=30)
+    assert not world.limits.waiting

@@ -92,7 +92,8 @@ def test_check_ends_with_one_when_something_is_amiss(folder, capsys):
 
 def test_test_runs_the_cases(folder, capsys):
     assert main(["policy", "test"]) == 0
-    assert "22 of 22 cases hold" in capsys.readouterr().out
+    num_cases = Path("configs/policy/cases.yaml").read_text().count("  - name: ")
+    assert f"{num_cases} of {num_cases} cases hold" in capsys.readouterr().out
     cases = folder / "cases.yaml"
     cases.write_text("cases: [{name: turned, groups: [developers], action: model:chat:create, expect: allow}]")
     (folder / "a.cedar").write_text(permit("none", scope='principal in Group::"leads"'))
