@@ -6,12 +6,13 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from server.guard import languages, licence, packages, plain
+from server.guard import advisories, languages, licence, manifests, packages, plain
 from server.guard.flow import Flow
 from server.guard.rules import load_language
-from server.guard.tree import Tree, has_grammar
+from server.guard.tree import Tree, has_grammar, mask_of_broken, parsed
 from server.types import Finding
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ _LOOK_BEHIND_CHARS = 400
 
 def find_insecure(source: str, language: str | None) -> list[Finding]:
     """Return the weaknesses in one block; a language that is None is guessed from what the block says."""
-    name = language or languages.guess(source)
+    name = language or manifests.guess(source) or languages.guess(source)
     if name is None:
         return []
     text, lines = dedented(source)
@@ -52,6 +53,10 @@ def warm() -> None:
     for name in languages.LANGUAGES:
         load_language(name)
     licence.shipped()
+    advisories.database()
+    advisories.licences()
+    for ecosystem in packages.ECOSYSTEMS:
+        packages.allowed(ecosystem)
 
 
 def dedented(source: str) -> tuple[str, tuple[list[int], list[int]] | None]:
@@ -73,31 +78,34 @@ def dedented(source: str) -> tuple[str, tuple[list[int], list[int]] | None]:
 
 
 def _found(source: str, name: str) -> list[Finding]:
+    if name in manifests.KINDS:
+        return advisories.find_refused(source, name)
     rules = load_language(name)
     if rules is None:
         return []
     if not has_grammar(name):
         text = plain.PlainText(source, name)
         found = _patterns(rules, text.code, text.masked, text.statements, [], name)
-        return [*found, *packages.find_unknown(source, text.code, name)]
-    tree = Tree(source, name)
-    if tree.is_broken:
-        closers = unclosed(tree.masked)
-        if closers:  # a text that was cut short: what is there is read as if it had been ended
-            return [
-                replace(f, end=min(f.end, len(source))) for f in _found_in(Tree(source + closers, name), rules, name)
-            ]
-    return _found_in(tree, rules, name)
+        found += packages.find_unknown(source, text.code, name)
+        return [*found, *advisories.find_refused(text.code, name)] if name == "dockerfile" else found
+    root = parsed(source, name)
+    mask = mask_of_broken(source, root)
+    closers = unclosed(mask) if mask is not None else ""
+    if closers:  # a text that was cut short: what is there is read as if it had been ended
+        return [replace(f, end=min(f.end, len(source))) for f in _found_in(Tree(source + closers, name), rules, name)]
+    return _found_in(Tree(source, name, root), rules, name)
 
 
 def _found_in(tree: Tree, rules: Language, name: str) -> list[Finding]:
     flow = Flow(tree, rules)
     reached = flow.run()
-    functions = outermost_functions(tree.root) if name not in ("terraform",) else []
+    functions = sorted(outermost_functions(tree.root)) if name not in ("terraform",) else []
     spans = plain.blocks(tree.masked) if name == "terraform" else _lines(tree.code)
     findings = _patterns(rules, tree.code, tree.masked, spans, functions, name)
     findings += [_finding(rule, node.start, node.end, name) for rule, node in reached]
     findings += packages.find_unknown(tree.source, tree.code, name)
+    if name == "shell":
+        findings += advisories.find_refused(tree.code, name)
     file_facts: dict[int, bool] = {}
     for callee, node, arguments in flow.calls:
         findings += [
@@ -166,13 +174,32 @@ def _patterns(
             continue
         if not _file_fits(pattern, code, facts):
             continue
+        fits: dict[tuple[int, int], bool] = {}  # many matches stand in one scope: it is looked at once
         for match in pattern.match.finditer(masked if pattern.masked else code):
             if not pattern.masked and not masked[match.start() : match.end()].strip():
                 continue  # all of it stands inside a string: it is talked about, not done
             start, end = _scope(pattern.scope, match.start(), match.end(), code, spans, functions)
-            if _scope_fits(pattern, code[start:end]):
+            known = fits.get((start, end))
+            if known is None:
+                known = fits[start, end] = _scope_fits(pattern, code[start:end])
+            if known and _group_fits(pattern, match, masked[start:end]):
                 findings.append(_finding(pattern.rule, match.start(), match.end(), name))
     return findings
+
+
+def _group_fits(pattern: Pattern, match: re.Match[str], scope: str) -> bool:
+    if pattern.greater is not None and match[pattern.greater]:
+        return int(match["v"]) > int(match[pattern.greater])
+    # held against something anywhere in the scope: a bounds check, most likely
+    return not (pattern.unchecked and match["v"] and _comparison_of(match["v"]).search(scope))
+
+
+@lru_cache(maxsize=512)
+def _comparison_of(name: str) -> re.Pattern[str]:
+    word = rf"(?<![\w.>]){re.escape(name)}\b"
+    return re.compile(
+        rf"{word}\s*\)?\s*(?:[<>](?![<>])=?|[=!]=)|(?<![-<>=])[<>]=?\s*(?:\(\s*\w+\s*\)\s*)?{word}|%\s*{word}|{word}\s*%=?"
+    )
 
 
 def _scope(
@@ -190,9 +217,10 @@ def _scope(
     if kind == "line":
         last = code.find("\n", end)
         return code.rfind("\n", 0, start) + 1, len(code) if last < 0 else last
-    for first, last in functions if kind == "function" else spans:
-        if first <= start < last:
-            return first, last
+    among = functions if kind == "function" else spans  # in order, and none within another
+    at = bisect_right(among, start, key=lambda span: span[0]) - 1
+    if at >= 0 and among[at][0] <= start < among[at][1]:
+        return among[at]
     return 0, len(code)
 
 

@@ -14,95 +14,33 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from server.guard.aliases import aliases_of
+from server.guard.parameters import BY_NAME, FUNCTIONS, bound_parameters, function_name, parameters
 from server.guard.rules import ALL, BITS, MAX_CALLEES, Language, Rule, Sink
+from server.guard.syntax import (
+    ARGUMENTS,
+    BUILDS,
+    CLEAN_PROPERTY,
+    COLLECTS,
+    COMPARISONS,
+    COPIES,
+    FORMATS,
+    JOINS_PATHS,
+    MEMBERS,
+    NAMES,
+    OUT_SOURCES,
+    SUBSCRIPTS,
+    TYPES,
+    VALIDATING,
+    exits,
+    squeezed,
+)
+from server.guard.values import CLEAN, Value, joined, union
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from server.guard.tree import Node, Tree
-
-_FUNCTIONS = frozenset(
-    {
-        "function_definition", "function_declaration", "method_declaration", "constructor_declaration", "arrow_function", "function_expression",
-        "method_definition", "generator_function_declaration", "generator_function", "func_literal", "lambda_expression", "lambda",
-    }
-)  # fmt: skip
-_ARGUMENTS = frozenset({"argument_list", "arguments", "initializer_list"})
-_MEMBERS = frozenset(
-    {
-        "attribute",
-        "member_expression",
-        "field_access",
-        "selector_expression",
-        "field_expression",
-        "qualified_identifier",
-        "scoped_identifier",
-    }
-)
-_SUBSCRIPTS = frozenset({"subscript", "subscript_expression", "index_expression", "array_access", "slice_expression"})
-_NAMES = frozenset(
-    {
-        "identifier", "shorthand_property_identifier", "shorthand_property_identifier_pattern", "this", "self", "field_identifier",
-        "property_identifier", "variable_name",
-    }
-)  # fmt: skip
-_TYPES = frozenset(
-    {
-        "type",
-        "type_annotation",
-        "type_identifier",
-        "generic_type",
-        "integral_type",
-        "primitive_type",
-        "array_type",
-        "type_arguments",
-    }
-)
-_EXITS = re.compile(
-    r"\b(?:return|raise|throw|continue|break|exit|abort|panic|die|goto|_exit|os\.Exit|sys\.exit|System\.exit|process\.exit|log\.Fatal\w*|"
-    r"redirect|HTTPException|notFound|badRequest|http\.Error|AbortWith\w*|fail)\b"
-)
-_CLEAN_PROPERTY = re.compile(r"\.(?:length|size|count|byteLength)$")
-_COPIES = re.compile(
-    r"^(?:std::)?(?:strn?cpy|strn?cat|strl?cpy|strlcat|memcpy|memmove|mempcpy|stpcpy|v?sn?printf|bcopy|wcscpy|wcscat)$"
-)
-_FORMATS = re.compile(
-    r"(?i)(?:format|sprintf|concat|join|append|replace|interpolate|f_string|snprintf|strcat|template|add|resolve|mkstring)\W*$"
-)
-_VALIDATING = re.compile(
-    r"(?i)^(?:[\w.]*[._])?(?:validate|check|ensure|assert|verify|require|sanitize|guard|must_be|reject|enforce)[\w]*(?:valid|safe|allowed|name|path|url|host|input|id|"
-    r"target|file|identifier|column|user|key|param|within|inside|public|domain|origin|scheme|arg|expr|pattern|filter|table|order|sort|request|address|ip)\w*$"
-)
-
-
-class Value:
-    """What is known of one value: its roots with their dangers, and whether it is a text put together from parts."""
-
-    __slots__ = ("built", "canonical", "roots")
-
-    def __init__(self, roots: dict[str, int] | None = None, *, built: bool = False, canonical: bool = False) -> None:
-        self.roots = roots or {}
-        self.built = built
-        self.canonical = canonical
-
-    def without(self, mask: int) -> Value:
-        """Return the value after a sanitizer took `mask` away."""
-        return Value({r: m & ~mask for r, m in self.roots.items() if m & ~mask}, built=self.built)
-
-
-CLEAN = Value()
-
-
-def union(values: Iterable[Value], *, built: bool = False) -> Value:
-    """Return a value that may be any of `values`, or all of them put together."""
-    roots: dict[str, int] = {}
-    canonical = False
-    for value in values:
-        built = built or (value.built and bool(value.roots))
-        canonical = canonical or value.canonical
-        for root, mask in value.roots.items():
-            roots[root] = roots.get(root, 0) | mask
-    return Value(roots, built=built and bool(roots), canonical=canonical) if roots else CLEAN
 
 
 @dataclass(slots=True)
@@ -130,13 +68,14 @@ class Flow:
         self._summaries: dict[int, Summary | None] = {}
         self._pending: list[tuple[str, Sink, Node]] = []
         self._aliases = aliases_of(tree)
+        self._file_sources = [match for has, match in language.file_sources if has.search(tree.code)]
         self.calls: list[tuple[str, Node, Node | None]] = []
 
     def run(self) -> list[tuple[Rule, Node]]:
         """Walk the file."""
         for node in self._tree.root.walk():
-            if node.kind in _FUNCTIONS:
-                name = self._function_name(node)
+            if node.kind in FUNCTIONS:
+                name = function_name(node, self._tree)
                 if name:
                     self._functions.setdefault(name, node)
         self._visit(self._tree.root)
@@ -161,7 +100,7 @@ class Flow:
         if node.start in self._summaries:
             return known or Summary([], [])
         self._summaries[node.start] = None  # a recursive call sees nothing
-        params = self._bound_params(node)
+        params = bound_parameters(node, self._tree, self._language)
         summary = Summary([name for name, _ in params], [next(iter(v.roots), "") for _, v in params])
         outer = self._env, self._cleared, self._returns, self._pending
         self._env, self._cleared, self._returns, self._pending = dict(self._env), dict(self._cleared), [], []
@@ -179,92 +118,6 @@ class Flow:
         self._env, self._cleared, self._returns, self._pending = outer
         self._summaries[node.start] = summary
         return summary
-
-    def _bound_params(self, node: Node) -> list[tuple[str, Value]]:
-        language, tree = self._language, self._tree
-        header_start = node.start
-        if node.parent is not None and node.parent.kind in ("decorated_definition", "export_statement"):
-            header_start = node.parent.start
-        elif node.kind == "method_definition" and node.parent is not None:
-            header_start = max(
-                [
-                    node.parent.start,
-                    *(kid.end for kid in node.parent.kids if kid.end <= node.start and kid.kind != "decorator"),
-                ]
-            )
-        body = node.field("body")
-        header = tree.code[header_start : body.start if body is not None else node.end]
-        is_handler = language.handler is not None and language.handler.search(header) is not None
-        bound = []
-        for name, text in self._params(node):
-            if (language.safe_type and language.safe_type.search(text)) or (
-                language.ignored_param and language.ignored_param.search(name)
-            ):
-                bound.append((name, CLEAN))
-                continue
-            strong = is_handler or (
-                language.strong_param is not None and language.strong_param.search(text) is not None
-            )
-            bound.append((name, Value({("!" if strong else "~") + f"{name}@{node.start}": ALL})))
-        return bound
-
-    def _params(self, node: Node) -> list[tuple[str, str]]:
-        """Return (name, text with its type and annotations) of each parameter."""
-        tree = self._tree
-        listing = node.field("parameters") or node.first(
-            "parameters", "formal_parameters", "parameter_list", "lambda_parameters"
-        )
-        if listing is None:
-            declarator = node.field("declarator")
-            while (
-                declarator is not None
-                and declarator.field("parameters") is None
-                and declarator.field("declarator") is not None
-            ):
-                declarator = declarator.field("declarator")
-            listing = declarator.field("parameters") if declarator is not None else None
-        if listing is None:
-            single = node.field("parameter") or (
-                node.kids[0] if node.kids and node.kind in ("arrow_function", "lambda_expression") else None
-            )
-            return (
-                [(tree.text(single), tree.text(single))] if single is not None and single.kind == "identifier" else []
-            )
-        if listing.kind == "identifier":
-            return [(tree.text(listing), tree.text(listing))]
-        found = []
-        for param in listing.kids:
-            text = tree.text(param)
-            if tree.language in ("c", "cpp"):
-                names = [n for n in param.walk() if n.kind == "identifier"][-1:]
-            elif tree.language == "go":
-                names = [kid for kid in param.kids if kid.kind == "identifier"]
-            elif tree.language == "java":
-                name = param.field("name")
-                names = [name] if name is not None else [param] if param.kind == "identifier" else []
-            elif tree.language == "python":
-                names = [n for n in param.walk() if n.kind == "identifier"][:1]
-            else:
-                parts = [kid for kid in param.kids if kid.kind not in ("decorator", "accessibility_modifier")]
-                pattern = parts[0] if parts else param
-                names = [n for n in pattern.walk() if n.kind in ("identifier", "shorthand_property_identifier_pattern")]
-            found += [(tree.text(name), text) for name in names]
-        return found
-
-    def _function_name(self, node: Node) -> str | None:
-        name = node.field("name")
-        if (
-            name is None
-            and node.parent is not None
-            and node.parent.kind in ("variable_declarator", "assignment_expression", "pair")
-        ):
-            name = node.parent.kids[0]
-        if name is None:
-            declarator = node.field("declarator")
-            while declarator is not None and declarator.field("declarator") is not None:
-                declarator = declarator.field("declarator")
-            name = declarator
-        return re.split(r"\.|::|->", self._tree.text(name))[-1].strip() if name is not None else None
 
     # --- expressions ---------------------------------------------------------------------------------------------
 
@@ -285,6 +138,8 @@ class Flow:
         language = self._language
         if language.sources is not None and language.sources.search(text):
             return Value({"!" + text: ALL})
+        if any(sources.search(text) for sources in self._file_sources):
+            return Value({"!" + text: ALL})
         if language.weak_sources is not None and language.weak_sources.search(text):
             return Value({"~" + text: ALL})
         return None
@@ -298,10 +153,10 @@ class Flow:
         if found is not None:
             return found
         base = self._visit(node.kids[0]) if node.kids else CLEAN
-        if node.kind in _SUBSCRIPTS:
+        if node.kind in SUBSCRIPTS:
             for kid in node.kids[1:]:
                 self._visit(kid)
-        elif _CLEAN_PROPERTY.search(text):
+        elif CLEAN_PROPERTY.search(text):
             return base.without(ALL & ~BITS["size"])
         return base
 
@@ -315,10 +170,17 @@ class Flow:
         values = [self._visit(kid) for kid in node.kids]
         if len(node.kids) == 2:
             operator = self._tree.masked[node.kids[0].end : node.kids[1].start].strip()
-            if operator in _COMPARISONS:
+            if operator in COMPARISONS:
                 return CLEAN
             if operator in ("+", "%", "||", "/", "..", "+=", "<<"):
-                joins = (operator != "||" and operator != "/") or (operator == "/" and self._tree.language == "python")
+                if operator == "<<" and self._tree.language == "cpp" and len(node.kids) == 2 and values[1].roots:
+                    left = node.kids[0]
+                    while left.kind == "binary_expression" and left.kids:
+                        left = left.kids[0]
+                    self._env[self._tree.text(left)] = union(values, built=True)  # a text stream takes what it is given
+                joins = operator != "||" and (operator != "/" or self._tree.language in ("python", "cpp"))
+                if operator == "/" and not values[1].roots:
+                    joins = False  # a folder from outside with a name of our own under it
                 return union(values, built=joins)
         return union(values)
 
@@ -336,7 +198,7 @@ class Flow:
 
     def _call(self, node: Node) -> Value:
         tree = self._tree
-        arguments = next((kid for kid in reversed(node.kids) if kid.kind in _ARGUMENTS), None)
+        arguments = next((kid for kid in reversed(node.kids) if kid.kind in ARGUMENTS), None)
         if arguments is None:
             for kid in node.kids:
                 self._visit(kid)
@@ -350,11 +212,11 @@ class Flow:
             if tree.language == "java":
                 owner = node.field("object")
                 receiver = self._visit(owner) if owner is not None else CLEAN
-            elif function.kind in _MEMBERS and function.kids:
+            elif function.kind in MEMBERS and function.kids:
                 receiver = self._visit(function.kids[0])
                 known = self._env.get(squeezed(tree.text(function.kids[0])))
                 receiver = known if known is not None and not receiver.roots else receiver
-            elif function.kind not in _NAMES:
+            elif function.kind not in NAMES:
                 receiver = self._visit(function)
         positional: list[Value] = []
         named: dict[str, Value] = {}
@@ -362,31 +224,39 @@ class Flow:
         for arg in arguments.kids:
             if arg.kind == "keyword_argument" and len(arg.kids) == 2:
                 named[tree.text(arg.kids[0])] = self._visit(arg.kids[1])
-            elif arg.kind in _FUNCTIONS:
+            elif arg.kind in FUNCTIONS:
                 callbacks.append(arg)
                 positional.append(CLEAN)
             else:
                 positional.append(self._visit(arg))
         every = [*positional, *named.values()]
         self.calls.append((callee, node, arguments))
-        for callback in callbacks:
-            self._callback(callback, receiver)
+        mapped = union([self._callback(callback, receiver) for callback in callbacks])
         is_source, is_weak, cleans, propagates, canonical, sinks = self._known(callee)
-        for sink in sinks:
-            self._check_call(sink, node, receiver, positional, named)
+        if callee not in self._functions:  # a function of this file is not the library's of the same name
+            for sink in sinks:
+                self._check_call(sink, node, receiver, positional, named)
         self._copy_out(callee, arguments, positional)
+        self._collect(callee, every)
         if is_source or is_weak:
             text = squeezed(tree.text(node))
+            harmless = self._language.harmless_sources
+            if harmless is not None and harmless.search(tree.text(node)):
+                return CLEAN
             return Value({("!" if is_source else "~") + text: ALL})
         local = self._functions.get(re.split(r"\.|::|->", callee)[-1].removeprefix("new "))
+        if callbacks and callee.endswith((".map", ".flatMap")):
+            return mapped  # what the function makes of each element, whatever the elements are
         if cleans:
             return union([receiver, *every]).without(cleans)
         if local is not None and not callee.startswith("new "):
             return self._apply_summary(self._summarise(local), positional, named, callee)
-        if _VALIDATING.search(callee) and local is None:
+        if VALIDATING.search(callee) and local is None:
             for value in every:
                 self._clear(value, ALL & ~BITS["size"])
-        joined = bool(_FORMATS.search(callee))
+        joined = bool(FORMATS.search(callee))
+        if joined and JOINS_PATHS.search(callee) and not any(value.roots for value in every[1:]) and not receiver.roots:
+            joined = False  # a folder from outside with a name of our own under it
         if receiver.roots:
             value = union([receiver, *every] if joined or propagates else [receiver], built=joined)
         elif propagates or joined or "." not in callee or callee.startswith("new "):
@@ -397,14 +267,14 @@ class Flow:
             value = Value(value.roots, built=value.built, canonical=True)
         return value
 
-    def _callback(self, node: Node, receiver: Value) -> None:
-        """Walk a function that is handed to a call; its parameters are elements of what it is called on."""
-        params = self._params(node)
+    def _callback(self, node: Node, receiver: Value) -> Value:
+        """Walk a function that is handed to a call; its parameters are elements of what it is called on. Return its result."""
+        params = parameters(node, self._tree)
         language = self._language
         names = [name for name, _ in params]
         if language.handler is not None and language.handler.search(self._tree.code[node.start : node.start + 200]):
             self._summarise(node)
-            return
+            return CLEAN
         saved = self._env
         self._env = dict(self._env)
         for name in names:
@@ -413,12 +283,13 @@ class Flow:
                 self._env.pop(name)
         returns, self._returns = self._returns, []
         body = node.field("body") or (node.kids[-1] if node.kids else None)
-        if body is not None:
-            self._visit(body)
+        value = self._visit(body) if body is not None else CLEAN
+        result = union([self._alive(value), *self._returns])
         self._returns = returns
         changed = {k: v for k, v in self._env.items() if k not in names and k in saved}
         self._env = saved
         self._env.update(changed)
+        return result
 
     def _apply_summary(self, summary: Summary, positional: list[Value], named: dict[str, Value], callee: str) -> Value:
         given: dict[str, Value] = {}
@@ -446,16 +317,16 @@ class Flow:
         return union(parts, built=summary.returned.built)
 
     def _copy_out(self, callee: str, arguments: Node, positional: list[Value]) -> None:
-        if self._tree.language in ("c", "cpp") and _COPIES.search(callee) and len(positional) > 1:
+        if self._tree.language in ("c", "cpp") and COPIES.search(callee) and len(positional) > 1:
             target = self._tree.text(arguments.kids[0]).lstrip("&(* ").split("[")[0].split("+")[0].strip()
             old = self._env.get(target, CLEAN) if "cat" in callee else CLEAN
             self._env[target] = union([old, *positional[1:]], built="printf" in callee or "cat" in callee)
-        elif callee in _OUT_SOURCES or re.search(
+        elif callee in OUT_SOURCES or re.search(
             r"(?:\.|^)(?:Decode|Bind\w*|ShouldBind\w*|BodyParser|Unmarshal|ReadJSON|Scan\w*|Fscan\w*)$", callee
         ):
             if self._tree.language not in ("c", "cpp", "go"):
                 return
-            index = _OUT_SOURCES.get(callee)
+            index = OUT_SOURCES.get(callee)
             targets = (
                 arguments.kids if index is None else arguments.kids[index : index + (9 if "scan" in callee else 1)]
             )
@@ -466,6 +337,17 @@ class Flow:
                 )
                 if re.fullmatch(r"[\w.>-]+", text) and outside:
                     self._env[text] = Value({f"!{text}@{arguments.start}": ALL})
+
+    def _collect(self, callee: str, values: list[Value]) -> None:
+        """`parts.append(value)` and the like: what is put in, the collection or the text under construction has."""
+        match = COLLECTS.match(callee)
+        given = union(values)
+        if match is None or not given.roots:
+            return
+        name = match[1]
+        own = self._env.get(name)
+        if own is not None:
+            self._env[name] = union([own, given], built=given.built or match[2] in BUILDS)
 
     def _known(self, callee: str) -> tuple[bool, bool, int, bool, bool, list[Sink]]:
         language = self._language
@@ -523,15 +405,29 @@ class Flow:
             return
         if sink.unless_function is not None and sink.unless_function.search(self._scope_text(node)):
             return
-        strong = any(root.startswith("!") for root in alive)
+        if sink.when_function is not None and not sink.when_function.search(self._scope_text(node)):
+            return
+        strong = any(root.startswith("!") and not self._doubtful(root, sink, value) for root in alive)
         if not strong and (sink.strong or (sink.built and not value.built)):
             self._pending += [(root, sink, node) for root in alive]
             return
         self._emit(sink.rule, node)
 
+    def _doubtful(self, root: str, sink: Sink, value: Value) -> bool:
+        """Whether a root is strong by a parameter's name alone, and that is too little here.
+
+        `open(filename)` is what a file name is for; it takes a folder before it to leave one. And what any function returns
+        is no page.
+        """
+        if not root.endswith(BY_NAME):
+            return False
+        return (sink.danger == BITS["path"] and not value.built) or (sink.danger == BITS["html"] and sink.call is None)
+
     def _scope_text(self, node: Node) -> str:
         scope: Node | None = node
-        while scope is not None and scope.kind not in _FUNCTIONS:
+        while scope is not None and scope.kind not in FUNCTIONS:
+            scope = scope.parent
+        if scope is not None and scope.parent is not None and scope.parent.kind == "decorated_definition":
             scope = scope.parent
         return self._tree.text(scope) if scope is not None else self._tree.code
 
@@ -541,17 +437,21 @@ class Flow:
     # --- statements ----------------------------------------------------------------------------------------------
 
     def _assign(self, node: Node) -> Value:
-        kids = [kid for kid in node.kids if kid.kind not in _TYPES]
+        kids = [kid for kid in node.kids if kid.kind not in TYPES]
         if not kids:
             return CLEAN
         if len(kids) == 1:
-            if node.kind in ("variable_declarator", "init_declarator", "var_spec") and kids[0].kind in _NAMES:
+            if node.kind in ("variable_declarator", "init_declarator", "var_spec") and kids[0].kind in NAMES:
                 self._env[self._tree.text(kids[0])] = CLEAN
                 return CLEAN
             return self._visit(kids[0])
         right = node.field("right") or node.field("value") or kids[-1]
         left = node.field("left") or node.field("declarator") or node.field("name") or kids[0]
         value = self._visit(right)
+        if right.kind == "argument_list" and node.parent is not None:  # C++: `std::ifstream in(path);` is a call too
+            made = node.parent.field("type")
+            for sink in self._known(squeezed(self._tree.text(made)))[-1] if made is not None else ():
+                self._check_call(sink, node, CLEAN, [self._visit(kid) for kid in right.kids], {})
         gap = self._tree.masked[left.end : right.start]
         if node.kind.startswith("augmented") or re.search(r"[+.|]=", gap):
             value = union([self._visit(left), value], built=True)
@@ -587,7 +487,7 @@ class Flow:
         text = (
             text.split("[")[0] if kind in ("array_declarator", "pointer_declarator", "subscript_expression") else text
         )
-        if kind in _SUBSCRIPTS or kind == "subscript_expression":
+        if kind in SUBSCRIPTS or kind == "subscript_expression":
             base = squeezed(self._tree.text(left.kids[0])) if left.kids else text
             self._env[base] = union([self._env.get(base, CLEAN), value])
         else:
@@ -638,7 +538,13 @@ class Flow:
             self._visit(body)
         leaves = body is not None and exits(self._tree, body)
         after_body = self._env, self._cleared
-        self._env, self._cleared = dict(env), dict(guarded) if leaves or negated else dict(cleared)
+        checked = {root for root, mask in guarded.items() if mask != cleared.get(root, 0)}
+        replaces = any(  # `if bad(x): x = DEFAULT` leaves x as checked as an exit would
+            checked & value.roots.keys() and not checked & after_body[0].get(name, CLEAN).roots.keys()
+            for name, value in env.items()
+            if checked
+        )
+        self._env, self._cleared = dict(env), dict(guarded) if leaves or negated or replaces else dict(cleared)
         others = [kid for kid in node.kids if body is not None and kid.start >= body.end]
         for kid in others:
             self._visit(kid)
@@ -667,21 +573,39 @@ class Flow:
             text = (
                 self._tree.code[start : node.start].rsplit("\n", 3)[-2:][0] + "\n" + text if "(" not in text else text
             )
+        held = re.fullmatch(r"\(?\s*!?\s*(\w+)\s*\)?", text)
+        if held is not None:  # the check stands in a variable: what was put there counts
+            before = self._tree.code[max(0, cond.start - 1500) : cond.start]
+            puts = list(
+                re.finditer(
+                    rf"\b{held[1]}\s*(?::\s*\w+\s*)?:?=(?!=)([^;{{}}]{{0,300}}?)(?:;|\n(?!\s*(?:&&|\|\||and\b|or\b|\?|:)))",
+                    before,
+                )
+            )
+            text += " " + puts[-1][1] if puts else ""
+        text = text.replace("?.", ".")
         for pattern, mask in self._language.validators:
             for match in pattern.finditer(text):
                 if not match.groupdict().get("v"):
                     continue
+                checked = squeezed(match["v"])
                 base = re.match(r"[\w$]+", match["v"].lstrip("*&!( "))
                 value = (
-                    self._env.get(squeezed(match["v"]))
-                    or (self._env.get(base[0]) if base else None)
-                    or self._source_value(squeezed(match["v"]))
+                    self._env.get(checked) or self._source_value(checked) or (self._env.get(base[0]) if base else None)
                 )
                 if value is None or not value.roots:
                     continue
                 if "canonical" in pattern.groupindex and not value.canonical:
                     continue
+                folder = match.groupdict().get("base")
+                if folder and not self._ends_with_separator(folder):
+                    continue
                 self._clear(value, mask)
+
+    def _ends_with_separator(self, name: str) -> bool:
+        """Whether `name` is set to a text that ends with a path separator: `/srv/data` also begins `/srv/data-old`."""
+        pattern = rf"\b{re.escape(name.split('.')[-1])}\s*(?::[^=\n]+)?:?=[^\n]*(?:[sS]ep(?:arator(?:Char)?)?\b|/[\"'`])\s*\)*\s*;?\s*$"
+        return re.search(pattern, self._tree.code, re.MULTILINE) is not None
 
     def _clear(self, value: Value, mask: int) -> None:
         for root in value.roots:
@@ -759,128 +683,12 @@ class Flow:
         return CLEAN
 
 
-_COMPARISONS = frozenset(
-    {"==", "!=", "===", "!==", "<", ">", "<=", ">=", "&&", "in", "instanceof", "and", "or", "not in", "is"}
-)
-_OUT_SOURCES = {
-    "fgets": 0, "gets": 0, "read": 1, "recv": 1, "recvfrom": 1, "fread": 0, "scanf": 1, "fscanf": 2, "sscanf": 2, "getline": 0, "std::getline": 1,
-    "std::cin.getline": 0, "recvmsg": 1, "pread": 1, "SSL_read": 1, "BIO_read": 1,
-}  # fmt: skip
-
-
-def exits(tree: Tree, body: Node) -> bool:
-    """Whether a body ends by leaving: its last statement returns, raises or the like."""
-    last = body
-    while last.kids and last.kind in (
-        "block",
-        "statement_block",
-        "compound_statement",
-        "statement_list",
-        "else_clause",
-    ):
-        last = last.kids[-1]
-    return _EXITS.search(tree.masked[last.start : last.end]) is not None
-
-
-def joined(one: dict[str, Value], other: dict[str, Value]) -> dict[str, Value]:
-    """Return what holds after either of two ways."""
-    if one is other:
-        return one
-    result = dict(one)
-    for name, value in other.items():
-        mine = one.get(name)
-        if mine is None:
-            result[name] = value
-        elif mine is not value:
-            result[name] = union([mine, value])
-    return result
-
-
-_SPACE = re.compile(r"\s+")
-_INNER = re.compile(r"\([^()]*\)")
-_GENERIC = re.compile(r"<[\w, .?\[\]]*>(?=\(|$|::)")
-
-
-def squeezed(text: str) -> str:
-    """Return a callee's or a member's text without blanks, with what stands in brackets taken out."""
-    if not text.isidentifier():
-        text = _SPACE.sub(" ", text).strip()
-        if "(" in text:
-            for _ in range(12):
-                shorter = _INNER.sub("\0", text)
-                if shorter == text:
-                    break
-                text = shorter
-            text = text.replace("\0", "()")
-        if "<" in text:
-            text = _GENERIC.sub("", text)
-        keep = "new " if text.startswith("new ") else ""
-        text = keep + text.removeprefix("new ").replace(" ", "").replace("?.", ".")
-    return text
-
-
-_PY_IMPORT = re.compile(r"^[ \t]*import[ \t]+([^\n]+)$", re.MULTILINE)
-_PY_FROM = re.compile(r"^[ \t]*from[ \t]+([\w.]+)[ \t]+import[ \t]+(?:\(([^)]*)\)|([^\n]+))", re.MULTILINE)
-_JS_REQUIRE = re.compile(r"(?:const|let|var)\s+(\{[^}]*\}|\w+)\s*=\s*require\(\s*['\"]([^'\"]+)['\"]\s*\)(\.\w+)?")
-_JS_IMPORT = re.compile(
-    r"^\s*import\s+(?:(\w+)\s*,?\s*)?(?:\*\s+as\s+(\w+)|(\{[^}]*\}))?\s*from\s*['\"]([^'\"]+)['\"]", re.MULTILINE
-)
-_JS_PROMISIFY = re.compile(r"(?:const|let|var)\s+(\w+)\s*=\s*(?:util\.)?promisify\(\s*([\w.]+)\s*\)")
-
-
-def aliases_of(tree: Tree) -> dict[str, str]:
-    """Return what the file's imports call its names in full."""
-    code = tree.code
-    aliases: dict[str, str] = {}
-    if tree.language == "python":
-        for match in _PY_IMPORT.finditer(code):
-            for part in match[1].split(","):
-                name, _, alias = part.strip().partition(" as ")
-                if alias:
-                    aliases[alias.strip()] = name.strip()
-        for match in _PY_FROM.finditer(code):
-            for part in (match[2] or match[3]).split(","):
-                name, _, alias = part.strip().partition(" as ")
-                if name:
-                    aliases[(alias or name).strip()] = f"{match[1]}.{name.strip()}"
-    elif tree.language in ("javascript", "typescript", "tsx"):
-        for names, module, prop in _JS_REQUIRE.findall(code):
-            _js_names(aliases, names, module, prop)
-        for default, star, names, module in _JS_IMPORT.findall(code):
-            base = _js_module(module)
-            if default and default != "type":
-                aliases[default] = base
-            if star:
-                aliases[star] = base
-            if names:
-                _js_names(aliases, names, module, "")
-        for name, original in _JS_PROMISIFY.findall(code):
-            head, _, rest = original.partition(".")
-            aliases[name] = aliases.get(head, head) + (f".{rest}" if rest else "")
-    return aliases
-
-
-def _js_module(module: str) -> str:
-    return re.sub(r"\W+", "_", module.removeprefix("node:").removesuffix("/promises").removesuffix("/promise"))
-
-
-def _js_names(aliases: dict[str, str], names: str, module: str, prop: str) -> None:
-    base = _js_module(module) + prop
-    if not names.startswith("{"):
-        aliases[names] = base
-        return
-    for part in names.strip("{} \n").split(","):
-        name, _, alias = re.sub(r"\s+as\s+", ":", part.strip().removeprefix("type ")).partition(":")
-        if name.strip():
-            aliases[(alias or name).strip()] = f"{base}.{name.strip()}"
-
-
 _HANDLERS: dict[str, Callable[[Flow, Node], Value]] = {}
 for _handler, _kinds in (
-    (Flow._function, _FUNCTIONS),
+    (Flow._function, FUNCTIONS),
     (Flow._call, ("call", "call_expression", "method_invocation", "new_expression", "object_creation_expression", "explicit_constructor_invocation")),
-    (Flow._name, _NAMES),
-    (Flow._member, (*_MEMBERS, *_SUBSCRIPTS)),
+    (Flow._name, NAMES),
+    (Flow._member, (*MEMBERS, *SUBSCRIPTS)),
     (Flow._string, ("string", "template_string", "concatenated_string", "formatted_string")),
     (Flow._binary, ("binary_operator", "binary_expression")),
     (Flow._comparison, ("comparison_operator", "not_operator", "instanceof_expression", "sizeof_expression")),

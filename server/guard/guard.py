@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
     from pathlib import Path
 
+    from server.guard.deeper import DeeperScanner
     from server.guard.scan import CodeScan
     from server.types import Delta, ModelRequest, Obligations, Outcome
 
@@ -28,6 +29,7 @@ class Guard:
         memory_bytes: Address space a worker may have.
         max_repairs: How often `repair` asks the model again for one answer.
         rules: The folder of `configs/guard`; None for the one that ships with the source.
+        deeper: Looks at the code of answers once more, when they have ended; None for no second look.
     """
 
     def __init__(
@@ -38,13 +40,31 @@ class Guard:
         memory_bytes: int = 2 << 30,
         max_repairs: int = 2,
         rules: Path | None = None,
+        deeper: DeeperScanner | None = None,
     ) -> None:
         self._pool = WorkerPool(num_workers=num_workers, timeout_s=timeout_s, memory_bytes=memory_bytes, rules=rules)
         self._max_repairs = max_repairs
+        self._deeper = deeper
 
     async def warm(self) -> None:
         """Start a worker, so that the first block does not wait for one."""
         await self._pool.warm()
+
+    def take_failures(self) -> dict[str, int]:
+        """Return how many scans of code failed since the last call, by cause."""
+        taken = dict(self._pool.failures)
+        self._pool.failures.clear()
+        return taken
+
+    def look_deeper(self, request_id: str, blocks: tuple[tuple[str, str | None], ...]) -> None:
+        """Have the code of an answer that has ended scanned again, later, for a record of its own; returns at once."""
+        if self._deeper is not None:
+            self._deeper.submit(request_id, blocks)
+
+    async def run_deeper(self, record: Callable[..., Awaitable[Any]]) -> None:
+        """Do what `look_deeper` asked for, until cancelled."""
+        if self._deeper is not None:
+            await self._deeper.run(record)
 
     async def close(self) -> None:
         """Stop the workers."""
@@ -110,9 +130,20 @@ class Guard:
             request,
             obligations.scan_output,
             outcome,
-            scan_code=self._pool.scan_code,
+            scan_code=self._pool.scan_code if self._deeper is None else _noting(self._pool, outcome),
             repair=None if ask is None else _repairer(ask, self._max_repairs),
         )
+
+
+def _noting(pool: WorkerPool, outcome: Outcome) -> Callable[[str, str | None], Awaitable[CodeScan]]:
+    """Return the pool's scan, which notes what it judged."""
+
+    async def scan_code(source: str, language: str | None) -> CodeScan:
+        if (source, language) not in outcome.code:
+            outcome.code = (*outcome.code, (source, language))
+        return await pool.scan_code(source, language)
+
+    return scan_code
 
 
 def _repairer(ask: Callable[[str], Awaitable[str]], max_repairs: int) -> release.Repair:

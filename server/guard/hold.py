@@ -56,6 +56,11 @@ class TextHold:
         self._finished = False
 
     @property
+    def segments(self) -> list[Segment] | None:
+        """The runs of code that ended, as `fences.segments_of` would give them; None where nobody looked for any."""
+        return None if self._passive or self._whole_is_code else self._segmenter.segments
+
+    @property
     def text(self) -> str:
         """All of the text so far."""
         if len(self._parts) > 1:
@@ -112,7 +117,7 @@ class TextHold:
         self._window += part
         if not was_live and _PLAIN.fullmatch(part) and not secrets.has_context(self._window[-_WINDOW_CHARS:]):
             word = _WORD_END.search(self._window)
-            held = len(word[0]) if word and word[0].lstrip("-.") in secrets.TOKEN_PREFIXES else 0
+            held = len(word[0]) if word and secrets.may_be_live(word[0]) else 0
             self._live = self.num_chars - held
         else:
             self._look()

@@ -8,9 +8,10 @@ from collections import deque
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from server.errors import ContentBlockedError
+from server.errors import ContentBlockedError, EngineError
 from server.guard import languages, scan
 from server.guard.hold import TextHold
+from server.guard.lines import LineHold
 from server.types import Completion, Delta, Finding, ScanMode, ScanReport, ScanState
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ UNFINISHED = ScanReport(ScanState.UNSCANNED, reason="the answer ended before it 
 class Channel:
     """One text of a choice (its content or its reasoning): how far it may leave, and what is replaced in it."""
 
-    def __init__(self, where: str, mode: ScanMode, hold: TextHold, restored: dict[str, str]) -> None:
+    def __init__(self, where: str, mode: ScanMode, hold: TextHold | LineHold, restored: dict[str, str]) -> None:
         self.where = where
         self.hold = hold
         self.edits: list[tuple[int, int, str]] = []
@@ -43,9 +44,7 @@ class Channel:
     @property
     def safe(self) -> int:
         """Release may go this far."""
-        if self._mode in _HOLDING or self._restored:
-            return self.hold.safe
-        return self.hold.num_chars
+        return self.hold.safe
 
     def cancel(self) -> None:
         """Forget the verdicts that are still awaited."""
@@ -63,13 +62,15 @@ class Channel:
 
     async def judge(self, scan_code: CodeScanner, language: str | None) -> ScanReport:
         """Return the verdict on the whole text, which has ended."""
-        text = self.hold.text
-        for _, source, label in scan.code_blocks(text, language=language):
+        text, segments = self.hold.text, self.hold.segments
+        if segments is None or language is not None:
+            blocks = scan.code_blocks(text, language=language)
+        else:
+            blocks = scan.blocks_of(text, segments)
+        for _, source, label in blocks:
             await self._verdict(source, label, scan_code)
-        report = scan.judge(
-            text, language=language, scan_code=lambda source, label: self._verdicts[source, label].result()
-        )
-        return replace(report, findings=tuple(replace(f, where=self.where) for f in report.findings))
+        report = scan.judge(text, blocks=blocks, scan_code=lambda source, label: self._verdicts[source, label].result())
+        return _placed(report, self.where)
 
     def edit_all(self, report: ScanReport) -> None:
         """Redact what the whole-text verdict names and nothing has replaced yet (a raw completion is judged whole)."""
@@ -176,14 +177,15 @@ class Choice:
         self._queue: deque[Delta] = deque()
         self._arguments: dict[int, list[str]] = {}
         self._holds_tools = mode in _HOLDING
-        passive = mode not in _HOLDING and not restored
-        self.content = Channel(
-            f"choices[{index}].content",
-            mode,
-            TextHold(whole_is_code=raw and mode in _HOLDING, placeholders=tuple(restored), passive=passive),
-            restored,
-        )
-        self.reasoning = Channel(f"choices[{index}].reasoning", mode, TextHold(passive=mode not in _HOLDING), {})
+        hold: TextHold | LineHold
+        if mode is ScanMode.ANNOTATE and not raw and not restored:
+            hold = LineHold()
+        else:
+            passive = mode not in _HOLDING and not restored
+            hold = TextHold(whole_is_code=raw and mode in _HOLDING, placeholders=tuple(restored), passive=passive)
+        self.content = Channel(f"choices[{index}].content", mode, hold, restored)
+        self.reasoning: Channel | None = None  # most answers have none
+        self.channels = [self.content]
 
     def push(self, deltas: list[Delta]) -> None:
         """Take the next deltas. Their text is looked at as one piece: what may leave does not depend on the cuts."""
@@ -191,21 +193,21 @@ class Choice:
         text = "".join([delta.text for delta in deltas])
         if text:
             self.content.hold.push(text)
-        for delta in deltas:
+        for delta in [delta for delta in deltas if delta.reasoning or delta.tool_calls]:
             if delta.reasoning:
-                self.reasoning.hold.push(delta.reasoning)
+                self._reasoning().hold.push(delta.reasoning)
             for call in delta.tool_calls or ():
                 function = call.get("function") or {}
                 self._arguments.setdefault(call.get("index", 0), []).append(function.get("arguments") or "")
 
     def cancel(self) -> None:
         """Forget what is still being judged."""
-        self.content.cancel()
-        self.reasoning.cancel()
+        for channel in self.channels:
+            channel.cancel()
 
     async def settle(self, scan_code: CodeScanner, repair: Repair | None) -> None:
         """Judge what has closed since the last call."""
-        for channel in (self.content, self.reasoning):
+        for channel in self.channels:
             if channel.hold.closed or channel.hold.findings:
                 await channel.settle(scan_code, repair)
         self.content.restore()
@@ -218,7 +220,7 @@ class Choice:
             self.content.restore()
             self.report = OFF
             return OFF
-        for channel in (self.content, self.reasoning):
+        for channel in self.channels:
             channel.hold.finish()
             if not self._raw:
                 await channel.settle(scan_code, repair)
@@ -227,9 +229,10 @@ class Choice:
             guessed = languages.guess(self._prompt + self.content.hold.text)
             language = guessed or "text"
         reports = [await self.content.judge(scan_code, language if language in languages.LANGUAGES else None)]
-        if self.reasoning.hold.num_chars:
+        if self.reasoning is not None:
             reports.append(await self.reasoning.judge(scan_code, None))
-        reports.append(await self._judge_tools(scan_code))
+        if self._arguments:
+            reports.append(await self._judge_tools(scan_code))
         report = self.report = scan.merged(reports)
         unscanned = report.state is ScanState.UNSCANNED
         left = [f for f in report.findings if f.where and "tool_calls" in f.where]
@@ -241,7 +244,7 @@ class Choice:
             raise blocked(report)
         if self._mode is ScanMode.REDACT:
             self.content.edit_all(reports[0])
-            if self.reasoning.hold.num_chars:
+            if self.reasoning is not None:
                 self.reasoning.edit_all(reports[1])
             if left:
                 raise blocked(report)  # arguments are machine-read: a hole in them is worse than none at all
@@ -251,7 +254,17 @@ class Choice:
     def take(self) -> list[Delta]:
         """Return the deltas that may leave now."""
         out: list[Delta] = []
-        queue = self._queue
+        queue, content = self._queue, self.content
+        if (
+            content.safe == content.hold.num_chars
+            and not content.edits
+            and self.reasoning is None
+            and (self.finished or not self._holds_tools)
+        ):
+            out.extend(queue)  # nothing holds anything back, as for nearly every answer
+            queue.clear()
+            content.sent = content.hold.num_chars
+            return out
         while queue:
             head = queue[0]
             if head.finish_reason is not None and not self.finished:
@@ -259,32 +272,38 @@ class Choice:
             if (head.tool_calls or head.logprobs) and self._holds_tools and not self.finished:
                 break  # log-probabilities spell tokens, even some whose text the engine itself still holds back
             room = self.content.safe - self.content.sent
-            think = self.reasoning.safe - self.reasoning.sent
+            think = self.reasoning.safe - self.reasoning.sent if self.reasoning is not None else 0
             if len(head.text) <= room and len(head.reasoning) <= think:
                 queue.popleft()
-                if self._holds_tools and (self.content.edits or self.reasoning.edits):
+                if self._holds_tools and any(channel.edits for channel in self.channels):
                     head.logprobs = None  # they would spell what was taken out
                 if head.text and (self.content.edits):
                     head.text = self.content.cut(head.text)
                 else:
                     self.content.sent += len(head.text)
                 if head.reasoning:
-                    head.reasoning = self.reasoning.cut(head.reasoning)
+                    head.reasoning = self._reasoning().cut(head.reasoning)
                 out.append(head)
                 continue
             text, thought = head.text[: max(0, room)], head.reasoning[: max(0, think)]
             if text or thought:  # the rest, with log-probabilities and all, follows when it may
                 head.text, head.reasoning = head.text[len(text) :], head.reasoning[len(thought) :]
-                out.append(Delta(self.index, self.content.cut(text), self.reasoning.cut(thought)))
+                out.append(Delta(self.index, self.content.cut(text), self._reasoning().cut(thought) if thought else ""))
             break
         return out
+
+    def _reasoning(self) -> Channel:
+        if self.reasoning is None:
+            hold = TextHold(passive=self._mode not in _HOLDING)
+            self.reasoning = Channel(f"choices[{self.index}].reasoning", self._mode, hold, {})
+            self.channels.append(self.reasoning)
+        return self.reasoning
 
     async def _judge_tools(self, scan_code: CodeScanner) -> ScanReport:
         reports = []
         for position, parts in self._arguments.items():
             where = f"choices[{self.index}].tool_calls[{position}]"
-            report = await judge_arguments("".join(parts), scan_code)
-            reports.append(replace(report, findings=tuple(replace(f, where=where) for f in report.findings)))
+            reports.append(_placed(await judge_arguments("".join(parts), scan_code), where))
         return scan.merged(reports)
 
 
@@ -361,9 +380,24 @@ def blocked(report: ScanReport) -> TextBlockedError:
     )
 
 
+def _placed(report: ScanReport, where: str) -> ScanReport:
+    if not report.findings:
+        return report
+    return replace(report, findings=tuple(replace(f, where=where) for f in report.findings))
+
+
 def _plain(report: ScanReport) -> tuple[dict[str, object], ...]:
     names = ("rule", "category", "severity", "message", "cwe", "line", "language", "fix", "where")
     return tuple({n: getattr(f, n) for n in names if getattr(f, n) is not None} for f in report.findings)
+
+
+def _by_choice(batch: list[Delta]) -> dict[int, list[Delta]]:
+    if not any([delta.index for delta in batch]):  # noqa: C419 - a list here costs half of what a generator does
+        return {0: batch}
+    parts: dict[int, list[Delta]] = {}
+    for delta in batch:
+        parts.setdefault(delta.index, []).append(delta)
+    return parts
 
 
 async def released(
@@ -381,13 +415,13 @@ async def released(
     try:
         async for batch in deltas:
             out: list[Delta] = []
-            parts: dict[int, list[Delta]] = {}
-            for delta in batch:
-                parts.setdefault(delta.index, []).append(delta)
-            for index, part in parts.items():
+            for index, part in _by_choice(batch).items():
                 choice = choices.get(index)
                 if choice is None:
                     choice = choices[index] = Choice(index, request, mode)
+                if choice.finished and any(d.text or d.reasoning or d.tool_calls or d.logprobs for d in part):
+                    # Its verdict is in, so nobody would look at this any more.
+                    raise EngineError("The engine went on with an answer after it had ended it. Please try again.")
                 choice.push(part)
                 if not choice.finished and any(delta.finish_reason is not None for delta in part):
                     await choice.finish(scan_code, repair)

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from server.errors import ConfigError
+from server.guard.bounds import bounded
 from server.guard.literals import required_words
 
 # What a tainted value may be dangerous for; a sanitizer takes some of these away.
@@ -42,7 +43,8 @@ class Sink:
     """A call or an assignment that a tainted value must not reach.
 
     `args` are positions or names (empty: any argument); `strong` asks for a value that came from outside, not just from a
-    parameter; `built` asks for a text put together from parts. `when` and `unless` look at the whole call's text.
+    parameter; `built` asks for a text put together from parts. `when` and `unless` look at the whole call's text, the
+    same with `_function` at the function around it, its decorators included.
     """
 
     rule: Rule
@@ -56,11 +58,16 @@ class Sink:
     when: re.Pattern[str] | None
     unless: re.Pattern[str] | None
     unless_function: re.Pattern[str] | None
+    when_function: re.Pattern[str] | None
 
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
-    """A call, a node or a piece of text that is wrong by itself; `has` and `lacks` look at its scope."""
+    """A call, a node or a piece of text that is wrong by itself; `has` and `lacks` look at its scope.
+
+    `unchecked`: the variable that the match calls `v` is compared with nothing in the scope. `greater`: the number that it calls
+    `v` is greater than that of this other group.
+    """
 
     rule: Rule
     call: re.Pattern[str] | None
@@ -74,6 +81,8 @@ class Pattern:
     file_has: re.Pattern[str] | None
     file_lacks: re.Pattern[str] | None
     words: tuple[str, ...]
+    unchecked: bool
+    greater: int | None
 
 
 @dataclass(slots=True)
@@ -82,6 +91,8 @@ class Language:
 
     name: str
     sources: re.Pattern[str] | None = None
+    file_sources: list[tuple[re.Pattern[str], re.Pattern[str]]] = field(default_factory=list)
+    harmless_sources: re.Pattern[str] | None = None
     weak_sources: re.Pattern[str] | None = None
     handler: re.Pattern[str] | None = None
     strong_param: re.Pattern[str] | None = None
@@ -148,7 +159,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 _TOP = frozenset(
     {
-        "include", "sources", "weak_sources", "handler", "strong_param", "safe_type", "ignored_param", "sanitizers", "validators", "canonical",
+        "include", "sources", "file_sources", "harmless_sources", "weak_sources", "handler", "strong_param", "safe_type", "ignored_param", "sanitizers", "validators", "canonical",
         "propagators", "flows", "patterns",
     }
 )  # fmt: skip
@@ -163,6 +174,7 @@ def _merge(language: Language, path: Path, weaknesses: dict[str, Any], folder: P
         _merge(language, folder / f"{name}.yml", weaknesses, folder)
     for name in (
         "sources",
+        "harmless_sources",
         "weak_sources",
         "handler",
         "strong_param",
@@ -179,6 +191,8 @@ def _merge(language: Language, path: Path, weaknesses: dict[str, Any], folder: P
     ):
         for dangers, patterns in entries.items():
             target += [(_compile(path, pattern), _mask(path, dangers)) for pattern in patterns]
+    for entry in data.get("file_sources", []):
+        language.file_sources.append((_regex(path, entry["file_has"]), _regex(path, entry["match"])))
     for entry in data.get("flows", []):
         language.sinks += _sinks(path, entry, weaknesses)
     language.patterns += [_pattern(path, entry, weaknesses) for entry in data.get("patterns", [])]
@@ -217,6 +231,7 @@ def _sinks(path: Path, given: dict[str, Any], weaknesses: dict[str, Any]) -> lis
             _optional(path, sink.pop("when", None)),
             _optional(path, sink.pop("unless", None)),
             _optional(path, sink.pop("unless_function", None)),
+            _optional(path, sink.pop("when_function", None)),
         )
         _nothing_left(path, rule, sink)
         sinks.append(made)
@@ -241,10 +256,14 @@ def _pattern(path: Path, given: dict[str, Any], weaknesses: dict[str, Any]) -> P
         _optional(path, entry.pop("file_has", None)),
         _optional(path, entry.pop("file_lacks", None)),
         required_words(match) if match is not None else (),
+        bool(entry.pop("unchecked", False)),
+        entry.pop("greater", None),
     )
     _nothing_left(path, rule, entry)
     if (made.call is None) == (made.match is None):
         raise ConfigError(f"{path}: rule {rule.id}: expected one of 'call' and 'match'")
+    if (made.unchecked or made.greater is not None) and (match is None or "v" not in match.groupindex):
+        raise ConfigError(f"{path}: rule {rule.id}: 'unchecked' and 'greater' ask for a 'match' with a group 'v'")
     return made
 
 
@@ -282,6 +301,6 @@ def _compile(path: Path, pattern: str) -> re.Pattern[str]:
         if mark in pattern:  # anywhere in a rule they mean the whole of it
             pattern, flags = pattern.replace(mark, ""), flags | flag
     try:
-        return re.compile(pattern, flags)
+        return re.compile(bounded(pattern), flags)
     except re.error as err:
         raise ConfigError(f"{path}: the pattern {pattern!r} does not compile: {err}") from err

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from server.types import ScanState
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable
 
     from server.types import Finding, ScanReport
 
@@ -15,18 +17,18 @@ _LEVELS = {"critical": "error", "high": "error", "medium": "warning", "low": "no
 _SCORES = {"critical": "9.5", "high": "8.0", "medium": "5.5", "low": "3.0"}
 
 
-def to_sarif(reports: Mapping[str, ScanReport], *, version: str) -> dict[str, Any]:
-    """Return one SARIF run over `reports` (path to report); a file without a verdict becomes a tool notification."""
+def to_sarif(reports: Iterable[tuple[str, ScanReport]]) -> dict[str, Any]:
+    """Return one SARIF run over `reports` (path and report); a file without a verdict becomes a tool notification."""
     rules: dict[str, Finding] = {}
     results = []
     notifications = []
-    for path, report in reports.items():
+    for path, report in reports:
         if report.state is ScanState.UNSCANNED:
             notifications.append(
                 {
                     "level": "error",
                     "message": {"text": f"Not scanned: {report.reason}"},
-                    "locations": [{"physicalLocation": {"artifactLocation": {"uri": path}}}],
+                    "locations": [{"physicalLocation": {"artifactLocation": {"uri": _uri(path)}}}],
                 }
             )
         for finding in report.findings:
@@ -34,7 +36,7 @@ def to_sarif(reports: Mapping[str, ScanReport], *, version: str) -> dict[str, An
             results.append(_result(path, finding, list(rules).index(finding.rule)))
     driver = {
         "name": "strongroom",
-        "version": version,
+        "version": _tool_version(),
         "rules": [_rule(finding) for finding in rules.values()],
     }
     return {
@@ -51,6 +53,18 @@ def to_sarif(reports: Mapping[str, ScanReport], *, version: str) -> dict[str, An
             }
         ],
     }
+
+
+def _tool_version() -> str:
+    try:
+        return version("strongroom")
+    except PackageNotFoundError:
+        return "0"
+
+
+def _uri(path: str) -> str:
+    """Return a path as a URI reference; a name that is not UTF-8 keeps its bytes."""
+    return quote(path.encode("utf-8", "surrogateescape"))
 
 
 def _rule(finding: Finding) -> dict[str, Any]:
@@ -76,7 +90,7 @@ def _result(path: str, finding: Finding, rule_index: int) -> dict[str, Any]:
         "locations": [
             {
                 "physicalLocation": {
-                    "artifactLocation": {"uri": path},
+                    "artifactLocation": {"uri": _uri(path)},
                     "region": {
                         "startLine": finding.line or 1,
                         "charOffset": finding.start,

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 SEVERITIES = ("low", "medium", "high", "critical")
 MAX_SCAN_CHARS = 8 * 1024 * 1024
 CodeScan = tuple[tuple[Finding, ...], str | None]  # findings, or why there is no verdict
+CodeBlock = tuple[int, str, str | None]  # offset in the text, source, language
+_CLEAN = ScanReport(ScanState.CLEAN)
 
 
 def scan_text(text: str, *, language: str | None = None, path: str | None = None) -> ScanReport:
@@ -44,8 +46,12 @@ def judge(
     language: str | None = None,
     path: str | None = None,
     scan_code: Callable[[str, str | None], CodeScan],
+    blocks: Iterable[CodeBlock] | None = None,
 ) -> ScanReport:
-    """Put the verdict on `text` together; `scan_code` judges each block, here or from what a worker has said."""
+    """Put the verdict on `text` together; `scan_code` judges each block, here or from what a worker has said.
+
+    `blocks` are what `code_blocks` gives, where the caller has them already.
+    """
     if len(text) > MAX_SCAN_CHARS:
         return ScanReport(ScanState.UNSCANNED, reason=f"the text is longer than {MAX_SCAN_CHARS} characters")
     findings: list[Finding] = []
@@ -54,7 +60,9 @@ def judge(
         findings += find_anywhere(text)
     except secrets.TooManyCandidatesError:
         reasons.append(f"a line names credentials more than {secrets.MAX_CANDIDATES} times")
-    for start, source, label in code_blocks(text, language=language, path=path):
+    if blocks is None:
+        blocks = code_blocks(text, language=language, path=path)
+    for start, source, label in blocks:
         found, reason = scan_code(source, label)
         if reason is not None:
             reasons.append(reason)
@@ -67,19 +75,19 @@ def find_anywhere(text: str) -> list[Finding]:
     return [*secrets.find_secrets(text), *characters.find_characters(text)]
 
 
-def code_blocks(
-    text: str, *, language: str | None = None, path: str | None = None
-) -> list[tuple[int, str, str | None]]:
-    """Return (offset, source, language) of each block of code in `text`."""
+def code_blocks(text: str, *, language: str | None = None, path: str | None = None) -> list[CodeBlock]:
+    """Return each block of code in `text`."""
     whole = languages.by_label(language) or languages.by_path(path)
     if whole is not None:
         return [(0, text, whole)]
     if path is not None and not languages.is_prose_path(path):
         return []
-    return [
-        (segment.body_start, text[segment.body_start : segment.body_end], languages.by_label(segment.label))
-        for segment in fences.segments_of(text)
-    ]
+    return blocks_of(text, fences.segments_of(text))
+
+
+def blocks_of(text: str, segments: Iterable[fences.Segment]) -> list[CodeBlock]:
+    """Return the blocks that `segments` bound in `text`."""
+    return [(s.body_start, text[s.body_start : s.body_end], languages.by_label(s.label)) for s in segments]
 
 
 def shifted(findings: Iterable[Finding], offset: int) -> list[Finding]:
@@ -89,6 +97,9 @@ def shifted(findings: Iterable[Finding], offset: int) -> list[Finding]:
 
 def report_of(text: str, findings: Iterable[Finding], reasons: Iterable[str] = ()) -> ScanReport:
     """Return the report: sorted, each thing once, with line numbers; a missing part makes the whole `unscanned`."""
+    findings, reasons = list(findings), list(reasons)
+    if not findings and not reasons:
+        return _CLEAN
     starts = _line_starts(text)
     unique: dict[tuple[int, int, str], Finding] = {}
     for finding in sorted(findings, key=lambda f: (f.start, f.end, f.rule)):
@@ -103,6 +114,8 @@ def report_of(text: str, findings: Iterable[Finding], reasons: Iterable[str] = (
 def merged(reports: Iterable[ScanReport]) -> ScanReport:
     """Return one report over several texts; `unscanned` outweighs the rest."""
     parts = list(reports)
+    if len(parts) == 1:
+        return parts[0]
     findings = tuple(finding for part in parts for finding in part.findings)
     why = "; ".join(dict.fromkeys(part.reason for part in parts if part.reason)) or None
     if any(part.state is ScanState.UNSCANNED for part in parts):

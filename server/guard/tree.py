@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from ast_grep_py import SgRoot
@@ -32,6 +33,7 @@ _STRING_BODIES = frozenset(
     }
 )  # fmt: skip
 MAX_DEPTH = 220
+_ENUMERATIONS = re.compile(r"\benum\s+(?:class\s+|struct\s+)?(\w+)|^[ \t]*class\s+(\w+)\([^)\n]*Enum\b", re.MULTILINE)
 
 
 class Node:
@@ -75,40 +77,68 @@ class Tree:
     `code` has comments blanked out, `masked` the insides of strings as well; both are as long as `source`.
     """
 
-    def __init__(self, source: str, language: str) -> None:
+    def __init__(self, source: str, language: str, root: SgNode | None = None) -> None:
         self.source = source
         self.language = language
         self._blank: list[tuple[int, int, bool]] = []
-        self.is_broken = False
-        root = SgRoot(source, _GRAMMARS[language]).root()
-        self.root = self._convert(root, None, 0)
+        root = root or parsed(source, language)
+        self.root = self._convert(root, root.kind(), None, 0)
         self.code = _blanked(source, [(a, b) for a, b, is_comment in self._blank if is_comment])
         self.masked = _blanked(source, [(a, b) for a, b, _ in self._blank])
+
+    @cached_property
+    def enumerations(self) -> frozenset[str]:
+        """The types of this file that have only named values: what is of one is none of a caller's texts."""
+        return frozenset(name for pair in _ENUMERATIONS.findall(self.masked) for name in pair if name)
 
     def text(self, node: Node) -> str:
         """Return the node's text without comments."""
         return self.code[node.start : node.end]
 
-    def _convert(self, sg: SgNode, parent: Node | None, depth: int) -> Node:
+    def _convert(self, sg: SgNode, kind: str, parent: Node | None, depth: int) -> Node:
         span = sg.range()
-        node = Node(sg, sg.kind(), span.start.index, span.end.index, parent)
+        node = Node(sg, kind, span.start.index, span.end.index, parent)
         if depth > MAX_DEPTH:
             raise RecursionError
-        if node.kind == "ERROR":
-            self.is_broken = True
-        for child in sg.children():
-            if not child.is_named():
-                continue
+        for child in sg.named_children():
             kind = child.kind()
             if kind in _COMMENTS:
                 where = child.range()
                 self._blank.append((where.start.index, where.end.index, True))
                 continue
+            kid = self._convert(child, kind, node, depth + 1)
             if kind in _STRING_BODIES:
-                where = child.range()
-                self._blank.append((where.start.index, where.end.index, False))
-            node.kids.append(self._convert(child, node, depth + 1))
+                self._blank.append((kid.start, kid.end, False))
+            node.kids.append(kid)
         return node
+
+
+def parsed(source: str, language: str) -> SgNode:
+    """Return the root of the grammar's own tree."""
+    return SgRoot(source, _GRAMMARS[language]).root()
+
+
+def mask_of_broken(source: str, root: SgNode) -> str | None:
+    """Return `source` without comments and the insides of strings where it does not parse, or None where it does.
+
+    Only these are looked at: a text that was cut short is parsed again with an end, and one such tree is enough.
+    """
+    if root.find(kind="ERROR") is None:
+        return None
+    spans: list[tuple[int, int]] = []
+    stack = [(root, 0)]
+    while stack:
+        sg, depth = stack.pop()
+        if depth > MAX_DEPTH:
+            raise RecursionError
+        for child in sg.named_children():
+            kind = child.kind()
+            if kind in _COMMENTS or kind in _STRING_BODIES:
+                where = child.range()
+                spans.append((where.start.index, where.end.index))
+            if kind not in _COMMENTS:
+                stack.append((child, depth + 1))
+    return _blanked(source, spans)
 
 
 def _blanked(source: str, spans: list[tuple[int, int]]) -> str:

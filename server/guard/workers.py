@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import sys
+from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -84,6 +85,9 @@ class WorkerPool:
         timeout_s: How long one block may take, waiting for a free worker not counted.
         memory_bytes: Address space each worker may have; 0 for no limit.
         rules: The folder that holds `rules/`; None for the one that ships with the source.
+
+    Attributes:
+        failures: How many blocks got no verdict, by cause: `timeout`, `died`.
     """
 
     def __init__(
@@ -95,6 +99,7 @@ class WorkerPool:
         self._timeout_s = timeout_s
         self._memory_bytes = memory_bytes
         self._closed = False
+        self.failures: Counter[str] = Counter()
 
     @property
     def pids(self) -> list[int]:
@@ -120,8 +125,10 @@ class WorkerPool:
                 verdict = await asyncio.wait_for(worker.ask(source, language), self._timeout_s)
                 keep = True
             except TimeoutError:
+                self.failures["timeout"] += 1
                 return (), f"the scanner took longer than {self._timeout_s} s"
             except (OSError, EOFError, ValueError, KeyError, TypeError) as err:
+                self.failures["died"] += 1
                 return (), f"the scanner died ({type(err).__name__})"
             else:
                 return verdict

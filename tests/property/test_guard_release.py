@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.guard import rates
 from server.errors import ContentBlockedError
 from server.guard import fences, release, scan
 from server.types import (
@@ -35,6 +36,7 @@ TEXTS = [
     'Set password = "hunter2-Zebra!9" in the file.\n',
     "postgres://app:s3cr3tPw9@db.internal:5432/app is the address\n",
     "curl -u admin:Tr0ub4dor3x https://x.example.org/\n",
+    "bot 7281938475:AAFk3J8dLm2Qx9ZpW7vRt5Yb1Nc6Hf4Gs0 and " + "3f9ab2c47d18e6054b2a9c8d7e6f5a41" + "-us14 here\n",
     "-----BEGIN RSA PRIVATE KEY-----\n" + "MIIEpAIBAAKCAQEA7bq8\n" * 8 + "-----END RSA PRIVATE KEY-----\ndone\n",
     "text \x1b[31mred\x1b[0m and \u202e reversed\u202c\n",
     "```python\nimport os\nos.system('ping ' + input())\n```\nafter\n",
@@ -125,6 +127,41 @@ def test_verdict_is_the_whole_texts(number: int, cut: str) -> None:
     assert_holds(text, cuts(text)[cut], f"{number} {cut}")
 
 
+def labelled(step: int) -> list[str]:
+    """Every `step`th labelled case, both twins, as an answer with a fence; and the credentials, a few a text."""
+    texts = []
+    for folder in (
+        CASES,
+        CASES / "held-out",
+        CASES / "held-out" / "second",
+        CASES / "held-out" / "third",
+        CASES / "held-out" / "fifth",
+    ):
+        for pair in rates.load_pairs(folder)[::step]:
+            texts += [
+                f"Here it is:\n\n```{p}\n{code}```\nDone.\n"
+                for p, code in ((pair.label, pair.insecure), (pair.label, pair.safe))
+            ]
+        lines = [line for line, _ in rates.load_secrets(folder) if "-----BEGIN" not in line][::step]
+        texts += ["\n".join(lines[n : n + 3]) + "\n" for n in range(0, len(lines), 3)]
+    return texts
+
+
+def assert_every_cut_holds(texts: list[str]) -> None:
+    for text in texts:
+        for cut, pieces in cuts(text).items():
+            assert_holds(text, pieces, f"{cut}: {text[:80]}")
+
+
+def test_labelled_cases_hold_for_every_cut() -> None:
+    assert_every_cut_holds(labelled(29))
+
+
+@pytest.mark.slow
+def test_all_labelled_cases_hold_for_every_cut() -> None:
+    assert_every_cut_holds(labelled(1))
+
+
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_verdict_is_the_whole_texts_for_random_cuts(data: st.DataObject) -> None:
@@ -173,6 +210,33 @@ def test_prose_is_not_delayed() -> None:
         if f"out:{piece}" in order and order.index(f"out:{piece}") > order.index(f"in:{piece}") + 1
     )
     assert late <= 2
+
+
+def test_annotate_lets_code_go_a_statement_at_a_time() -> None:
+    text = "See:\n```python\nx = call(\n    1,\n    2,\n)\nprint(x)\n```\nThat is all.\n"
+
+    async def run(pieces: list[str]) -> list[str]:
+        async def deltas():
+            for piece in pieces:
+                yield [Delta(0, piece)]
+            yield [Delta(0, "", finish_reason="stop")]
+
+        stream = release.released(deltas(), request(), ScanMode.ANNOTATE, Outcome(), scan_code=judge_here, repair=None)
+        return ["".join(delta.text for delta in batch) async for batch in stream]
+
+    for name, pieces in cuts(text).items():
+        sent = ""
+        for batch in asyncio.run(run(pieces)):
+            sent += batch
+            inside = sent.partition("```python\n")[2].partition("```")[0]
+            assert inside in ("", "x = call(\n    1,\n    2,\n)\n", "x = call(\n    1,\n    2,\n)\nprint(x)\n"), name
+        assert sent == text
+
+
+def test_annotate_waits_for_no_bracket_for_ever() -> None:
+    text = "```python\nx = '('\n" + "y = 1\n" * 100
+    sent, _, _ = asyncio.run(play(list(text), ScanMode.ANNOTATE, finish=False))
+    assert len(sent) > len(text) - 6 * 40
 
 
 def test_redacted_values_come_back_in_text_for_every_cut() -> None:

@@ -42,6 +42,20 @@ def test_secrets_and_look_alikes(text: str, is_secret: bool) -> None:
     assert all(f.category == "secret" and f.cwe == "CWE-798" for f in found)
 
 
+@pytest.mark.parametrize(
+    "folder", ["held-out", "held-out/second", "held-out/third", "held-out/fourth", "held-out/fifth"]
+)
+def test_held_out_cases_stay_above_the_aim(folder: str) -> None:
+    for name, pairs, caught, wrong, apart in rates.rates(rates.CASES / folder):
+        assert caught >= 0.6 * pairs, name
+        assert wrong <= 0.08 * pairs, name
+        assert apart >= 0.5 * pairs, name
+    secrets = rates.load_secrets(rates.CASES / folder)
+    hits = [(bool(scan.find_anywhere(text)), is_secret) for text, is_secret in secrets]
+    assert sum(hit for hit, is_secret in hits if is_secret) >= 0.95 * sum(is_secret for _, is_secret in hits)
+    assert sum(hit for hit, is_secret in hits if not is_secret) <= 0.02 * sum(not is_secret for _, is_secret in hits)
+
+
 def test_every_language_has_rules_with_unique_ids() -> None:
     for name in languages.LANGUAGES:
         rules = load_language(name)

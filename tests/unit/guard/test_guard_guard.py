@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from server.errors import ContentBlockedError
+from server.errors import ContentBlockedError, EngineError
 from server.guard.guard import Guard
 from server.types import (
     Chat,
@@ -223,3 +223,19 @@ async def test_scan_in_workers_is_the_same_verdict(guard: Guard) -> None:
 
     for text in (BAD, GOOD, f"x {KEY}", BAD + f"x {KEY}"):
         assert await guard.scan(text) == scan_text(text)
+
+
+@pytest.mark.parametrize("mode", list(ScanMode))
+@pytest.mark.parametrize(
+    "more",
+    [Delta(0, f"key: {KEY}\n"), Delta(0, reasoning=KEY), Delta(0, tool_calls=[{"function": {"arguments": KEY}}])],
+)
+async def test_nothing_that_follows_the_end_of_a_choice_leaves(guard: Guard, mode: ScanMode, more: Delta) -> None:
+    """An engine that is not ours may go on after it said that it had ended; the verdict is in by then."""
+    left: list[Delta] = []
+    answer = stream([Delta(0, "Hello.\n")], [Delta(0, finish_reason="stop")], [more], [Delta(usage=Usage(1, 1))])
+    with pytest.raises(EngineError, match="after"):  # noqa: PT012 - what left before it counts
+        async for batch in guard.release(answer, chat("x"), Obligations(scan_output=mode), Outcome()):
+            left += batch
+    assert "".join(delta.text for delta in left) == "Hello.\n"
+    assert not any(delta.reasoning or delta.tool_calls for delta in left)

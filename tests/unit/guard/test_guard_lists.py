@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from server.errors import ConfigError
-from server.guard import licence, packages
+from server.guard import licence, packages, public
 from server.guard.code import find_insecure
 
+SHIPPED = Path(__file__).parents[3] / "configs" / "guard" / "public"
 COPY = "\n".join(f"def step_{i}(a, b):\n    total = a * {i} + b\n    return total - {i}\n" for i in range(12))
 
 
@@ -49,6 +50,45 @@ def test_names_on_no_list_are_found() -> None:
         "leftpadder",
     ]
     assert unknown("FROM x\nRUN pip install --no-cache-dir fakelib\nUSER a\n", "dockerfile") == ["fakelib"]
+
+
+@pytest.mark.usefixtures("lists")
+def test_what_an_option_takes_is_no_package() -> None:
+    assert unknown("pip install -r requirements.txt --target out requests\n", "shell") == []
+
+
+def test_the_public_names_count_where_a_list_asks_for_them(lists: Path) -> None:
+    (lists / "python.txt").write_text("@public\nacme-*\n")
+    (lists / "javascript.txt").write_text("@public\n")
+    (lists.parent / "public").symlink_to(SHIPPED)
+    packages.allowed.cache_clear()
+    assert unknown("pip install requests Flask_SQLAlchemy acme-tools zq-no-such-name-7f3a9\n", "shell") == [
+        "zq-no-such-name-7f3a9"
+    ]
+    assert unknown("npm install express @types/node zq-no-such-name-7f3a9\n", "shell") == ["zq-no-such-name-7f3a9"]
+    assert unknown("pip install --index-url https://packages.internal/ zq-no-such-name-7f3a9\n", "shell") == []
+    assert unknown("import my_own_module\n", "python") == []
+
+
+def test_public_names_are_known_for_certain_and_few_others() -> None:
+    names = [f"package-{n}" for n in range(3000)]
+    path = SHIPPED / "python.bloom"
+    assert path.stat().st_size < 1_048_576
+    data = public.build(names)
+    head, _, bits = data.partition(b"\n")
+    made = public.Names(int(head.split()[1]), int(head.split()[2]), bits)
+    assert all(name in made for name in names)
+    assert sum(f"other-{n}" in made for n in range(3000)) < 150
+
+
+@pytest.mark.parametrize("cut", [0, 10, 200])
+def test_a_public_list_that_is_not_whole_is_refused(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "x.bloom"
+    path.write_bytes(public.build(["a", "b"] * 200 + [f"n{n}" for n in range(300)])[:cut])
+    with pytest.raises(ConfigError):
+        public.load(path)
+    with pytest.raises(ConfigError):
+        public.load(tmp_path / "none.bloom")
 
 
 def test_without_a_list_nothing_is_said() -> None:

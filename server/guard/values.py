@@ -1,0 +1,52 @@
+"""What is known of a value as it flows: where it came from, and what it can still do harm to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class Value:
+    """What is known of one value: its roots with their dangers, and whether it is a text put together from parts."""
+
+    __slots__ = ("built", "canonical", "roots")
+
+    def __init__(self, roots: dict[str, int] | None = None, *, built: bool = False, canonical: bool = False) -> None:
+        self.roots = roots or {}
+        self.built = built
+        self.canonical = canonical
+
+    def without(self, mask: int) -> Value:
+        """Return the value after a sanitizer took `mask` away."""
+        return Value({r: m & ~mask for r, m in self.roots.items() if m & ~mask}, built=self.built)
+
+
+CLEAN = Value()
+
+
+def union(values: Iterable[Value], *, built: bool = False) -> Value:
+    """Return a value that may be any of `values`, or all of them put together."""
+    roots: dict[str, int] = {}
+    canonical = False
+    for value in values:
+        built = built or (value.built and bool(value.roots))
+        canonical = canonical or value.canonical
+        for root, mask in value.roots.items():
+            roots[root] = roots.get(root, 0) | mask
+    return Value(roots, built=built and bool(roots), canonical=canonical) if roots else CLEAN
+
+
+def joined(one: dict[str, Value], other: dict[str, Value]) -> dict[str, Value]:
+    """Return what holds after either of two ways."""
+    if one is other:
+        return one
+    result = dict(one)
+    for name, value in other.items():
+        mine = one.get(name)
+        if mine is None:
+            result[name] = value
+        elif mine is not value:
+            result[name] = union([mine, value])
+    return result
