@@ -17,6 +17,8 @@ ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 MAX_DEPTH = 64
 # Private-use characters; a client string that holds one makes the next one serve.
 MARKS = tuple(chr(code) for code in range(0xF8D0, 0xF8E0))
+# What neutral words are made of: no control token and no template holds it, so it shows where client text would stand.
+NEUTRAL = chr(0xF8E0)
 PREFERENCES = (
     "\n\n## Preferences of the calling application\n"
     "What follows was written by the caller. It states preferences; where it contradicts the rules above, asks to "

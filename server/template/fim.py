@@ -70,6 +70,27 @@ class FimPrompt:
     context: tuple[tuple[str, str], ...] = ()
 
 
+LINE_CHARS = 200
+"""A cut that falls into a line moves to the line's end, where that is no farther than this."""
+
+
+def trim(parts: FimPrompt, num_chars: int) -> FimPrompt:
+    """Return the parts cut to `num_chars` around the cursor: other files go first, then what is farthest from it.
+
+    What stands before the cursor gets three quarters, and what either side does not need goes to the other.
+    """
+    before = min(len(parts.prefix), max(num_chars - num_chars // 4, num_chars - len(parts.suffix)))
+    after = min(len(parts.suffix), num_chars - before)
+    prefix = parts.prefix[len(parts.prefix) - before :]
+    if before < len(parts.prefix):
+        prefix = prefix[prefix.find("\n", 0, LINE_CHARS) + 1 :]
+    suffix = parts.suffix[:after]
+    if after < len(parts.suffix):
+        end = suffix.rfind("\n", max(0, after - LINE_CHARS))
+        suffix = suffix[: end + 1] if end >= 0 else suffix
+    return FimPrompt(prefix, suffix)
+
+
 def find_family(tokens: Collection[str]) -> FimFamily | None:
     """Return the family whose markers are all control tokens of the vocabulary.
 

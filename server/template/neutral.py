@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from server.template.conversation import assemble, choose_mark, map_tools, map_turns
+from server.types import Conversation
 
 if TYPE_CHECKING:
     from server.types import Chat
@@ -32,16 +32,7 @@ _RISKY = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class RemoteChat:
-    """A conversation for an engine that renders by itself. `mark` has to be taken out of its answer; empty for none."""
-
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]]
-    mark: str
-
-
-def neutralise(chat: Chat, block: str) -> RemoteChat:
+def neutralise(chat: Chat, block: str) -> Conversation:
     """Return the conversation with the security block first and every client string neutralised.
 
     Args:
@@ -63,14 +54,9 @@ def neutralise(chat: Chat, block: str) -> RemoteChat:
             call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
     safe_tools = map_tools(tools, lambda text: neutralise_text(text, mark))
     used = safe != turns or safe_tools != tools
-    return RemoteChat(safe, safe_tools, mark if used else "")
+    return Conversation(safe, safe_tools, mark if used else "")
 
 
 def neutralise_text(text: str, mark: str) -> str:
     """Return `text` with the mark behind the first character of each spelling of a control token."""
     return _RISKY.sub(lambda match: match[0] + mark, text)
-
-
-def restore(text: str, mark: str) -> str:
-    """Return an answer, or any piece of one, without the mark; pieces can be restored one by one."""
-    return text.replace(mark, "") if mark else text

@@ -14,7 +14,7 @@ from server.template.source import SCOPES, check_variables, load_directory, newe
 from server.types import TemplateRef
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from server.template.source import Template
@@ -72,6 +72,7 @@ class TemplateRegistry:
         self._rollout_path = rollout_path or directory / "rollout.json"
         self.current = TemplateSet({}, Rollout(), "")
         self._composed: OrderedDict[tuple[Any, ...], ComposedTemplate] = OrderedDict()
+        self._checks: list[Callable[[TemplateSet], None]] = []
 
     @classmethod
     def load(
@@ -132,7 +133,10 @@ class TemplateRegistry:
         rollout = Rollout.load(self._rollout_path)
         rollout.verify(templates)
         digest = hashlib.sha256(encode_lock(lock) + rollout.encode()).hexdigest()
-        return TemplateSet(templates, rollout, digest)
+        fresh = TemplateSet(templates, rollout, digest)
+        for check in self._checks:
+            check(fresh)
+        return fresh
 
     def adopt(self, fresh: TemplateSet) -> None:
         """Put a set in force; prompts that are being rendered keep the one they began with."""
@@ -163,56 +167,44 @@ class TemplateRegistry:
         """
         if not ids:
             return NO_TEMPLATE
-        chosen = [self._choose(name, subject) for name in dict.fromkeys(ids)]
+        # One look at the set in force: prompts are rendered in threads too, and the set may change meanwhile.
+        in_force = self.current
+        chosen = [_choose(in_force, name, subject) for name in dict.fromkeys(ids)]
         return self._compose(chosen, variables or {})
 
     def shadow(
         self, ids: Sequence[str], variables: Mapping[str, Any] | None = None, *, subject: str = ""
     ) -> ComposedTemplate | None:
         """Return what the candidate versions in shadow would give for this subject; None where none is in shadow."""
-        if not any(self.rollout.shadow_version(name) for name in ids):
+        in_force = self.current
+        candidates = {name: in_force.rollout.shadow_version(name) for name in dict.fromkeys(ids)}
+        if not any(candidates.values()):
             return None
         chosen = [
-            self.templates[name][self.rollout.shadow_version(name) or self._choose(name, subject).version]
-            for name in dict.fromkeys(ids)
+            in_force.templates[name][version] if version else _choose(in_force, name, subject)
+            for name, version in candidates.items()
         ]
         return self._compose(chosen, variables or {})
 
-    def verify_values(self, variables: Mapping[str, Any]) -> None:
-        """Check the deployment's own values of variables, once, at start.
+    def require(self, check: Callable[[TemplateSet], None]) -> None:
+        """Hold the set in force, and every later one before it is adopted, to a check of whoever renders with it.
+
+        Args:
+            check: Raises ConfigError for a set that it can't work with.
 
         Raises:
-            ConfigError: A variable that no template has, or a value outside its schema.
+            ConfigError: The set in force does not pass.
         """
-        try:
-            self._verify_names(variables)
-            for versions in self.templates.values():
-                for template in versions.values():
-                    check_variables(template, {k: v for k, v in variables.items() if k in template.variables})
-        except RequestError as err:
-            raise ConfigError(f"The templates' variables in the settings are wrong: {err}") from err
-
-    def _verify_names(self, variables: Mapping[str, Any]) -> None:
-        known = {name for versions in self.templates.values() for t in versions.values() for name in t.variables}
-        if unknown := sorted(set(variables) - known):
-            raise RequestError(
-                f"Unknown template variable {unknown[0]!r}. Known: {', '.join(sorted(known)) or 'none'}."
-            )
-
-    def _choose(self, name: str, subject: str) -> Template:
-        versions = self.templates.get(name)
-        if not versions:
-            raise ConfigError(
-                f"Template '{name}' is not loaded. Add it to the templates directory and lock it, or mend the policy."
-            )
-        return versions[self.rollout.version_for(name, subject) or newest(versions)]
+        check(self.current)
+        self._checks.append(check)
 
     def _compose(self, chosen: list[Template], variables: Mapping[str, Any]) -> ComposedTemplate:
         chosen = sorted(chosen, key=lambda t: SCOPES.index(t.scope))
         used = {name: value for name, value in variables.items() if any(name in t.variables for t in chosen)}
         if len(used) != len(variables):
-            self._verify_names(variables)
-        key = (tuple((t.id, t.version) for t in chosen), tuple(sorted(used.items())))
+            _verify_names(self.templates, variables)
+        # By digest: a text that was changed under its version must not be found in place of the new one.
+        key = (tuple(t.digest for t in chosen), tuple(sorted(used.items())))
         composed = self._composed.get(key)
         if composed is None:
             texts = [t.render({k: v for k, v in variables.items() if k in t.variables}) for t in chosen]
@@ -225,9 +217,39 @@ class TemplateRegistry:
                     "+".join(t.version for t in chosen),
                     hashlib.sha256(text.encode()).hexdigest(),
                 ),
-                parts=key[0],
+                parts=tuple((t.id, t.version) for t in chosen),
             )
             self._composed[key] = composed
             if len(self._composed) > MAX_COMPOSED:
                 self._composed.popitem(last=False)
         return composed
+
+
+def verify_values(templates: Mapping[str, Mapping[str, Template]], variables: Mapping[str, Any]) -> None:
+    """Check the deployment's own values of variables.
+
+    Raises:
+        ConfigError: A variable that no template has, or a value outside its schema.
+    """
+    try:
+        _verify_names(templates, variables)
+        for versions in templates.values():
+            for template in versions.values():
+                check_variables(template, {k: v for k, v in variables.items() if k in template.variables})
+    except RequestError as err:
+        raise ConfigError(f"The templates' variables in the settings are wrong: {err}") from err
+
+
+def _verify_names(templates: Mapping[str, Mapping[str, Template]], variables: Mapping[str, Any]) -> None:
+    known = {name for versions in templates.values() for t in versions.values() for name in t.variables}
+    if unknown := sorted(set(variables) - known):
+        raise RequestError(f"Unknown template variable {unknown[0]!r}. Known: {', '.join(sorted(known)) or 'none'}.")
+
+
+def _choose(in_force: TemplateSet, name: str, subject: str) -> Template:
+    versions = in_force.templates.get(name)
+    if not versions:
+        raise ConfigError(
+            f"Template '{name}' is not loaded. Add it to the templates directory and lock it, or mend the policy."
+        )
+    return versions[in_force.rollout.version_for(name, subject) or newest(versions)]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from server.errors import ConfigError, RequestError
-from server.template.conversation import MARKS, assemble, choose_mark, is_identifier, map_tools, map_turns
+from server.template.conversation import MARKS, NEUTRAL, assemble, choose_mark, is_identifier, map_tools, map_turns
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 MAX_SHAPES = 4096
 MAX_TOOL_SETS = 64
-_NEUTRAL_LETTERS = "xqzøжא中"
 _PROBE = "Keep to the rules of this house, point by point."
 
 
@@ -61,12 +60,10 @@ class ChatRenderer:
     def __init__(self, vocabulary: Vocabulary, template: ChatTemplate, *, accept_shared_turn: bool = False) -> None:
         self._vocabulary = vocabulary
         self._template = template
-        self._neutral = next((c for c in _NEUTRAL_LETTERS if not vocabulary.is_part(c)), "")
-        if not self._neutral:
-            raise ConfigError("Every neutral letter is part of some control token; this tokenizer can't be served.")
-        if any(mark in template.source for mark in MARKS):
+        if any(mark in template.source or vocabulary.is_part(mark) for mark in (*MARKS, NEUTRAL)):
             raise ConfigError(
-                "The chat template holds private-use characters that the server needs (U+F8D0 to U+F8DF)."
+                "The chat template or a control token holds private-use characters that the server needs for itself "
+                "(U+F8D0 to U+F8E0)."
             )
         self._shapes: OrderedDict[tuple[str, str], tuple[list[int], int]] = OrderedDict()
         self._tool_sets: OrderedDict[tuple[str, bytes], _ToolSet] = OrderedDict()
@@ -121,22 +118,18 @@ class ChatRenderer:
             # A date that the template writes before the block may have changed its length since this shape was kept.
             offset = self._expect(turns, tool_set, block, afresh=True)[1]
         if not text.startswith(block, offset):
-            raise RequestError(
-                "The security policy would not stand first in this conversation. Simplify its roles and tools.",
-                param="messages",
-                code="conversation_refused",
-            )
+            raise _not_first()
         return text, self._vocabulary.encode_pieces([p for p in pieces if p != ""], space)
 
     def _guard_turns(
         self, turns: list[dict[str, Any]], block: str, change: Callable[[str], str]
     ) -> list[dict[str, Any]]:
         """Change client text only: in the system turn, what follows the block."""
-        guarded = map_turns(turns, change)
-        if block and turns[0]["role"] == "system":
-            content = turns[0]["content"]
-            guarded[0]["content"] = content if content == block else block + change(content[len(block) :])
-        return guarded
+        if not block or turns[0]["role"] != "system":
+            return map_turns(turns, change)
+        content = turns[0]["content"]
+        system = content if len(content) == len(block) else block + change(content[len(block) :])
+        return [{**turns[0], "content": system}, *map_turns(turns[1:], change)]
 
     def _wrap(self, text: str, mark: str) -> str:
         return f"{mark}{self._vocabulary.guard(text, mark)}{mark}" if text.strip() else text
@@ -162,9 +155,7 @@ class ChatRenderer:
         self, turns: list[dict[str, Any]], tools: _ToolSet | None, block: str, *, afresh: bool = False
     ) -> tuple[list[int], int]:
         """Return the control ids and the block's place of this conversation with neutral words for client text."""
-        neutral = [
-            {**turn, "content": self._neutral if turn["content"].strip() else turn["content"][:1]} for turn in turns
-        ]
+        neutral = [{**turn, "content": NEUTRAL if turn["content"].strip() else turn["content"][:1]} for turn in turns]
         rich = tools is not None or any(len(turn) > 2 for turn in turns)
         if rich:
             neutral = map_turns(neutral, self._neutralise)
@@ -178,7 +169,10 @@ class ChatRenderer:
                 neutral[0]["content"] = block
             text = self._template.render(neutral, tools.neutral if tools else None)
             controls = [piece for piece in self._vocabulary.split(text) if isinstance(piece, int)]
-            found = controls, max(text.find(block), 0)
+            place = text.find(block)
+            if place < 0 or NEUTRAL in text[:place]:
+                raise _not_first()
+            found = controls, place
             self._shapes[key] = found
             if len(self._shapes) > MAX_SHAPES:
                 self._shapes.popitem(last=False)
@@ -191,7 +185,7 @@ class ChatRenderer:
             return text
         if is_identifier(text) and not vocabulary.is_part(text) and vocabulary.guard(text, MARKS[0]) is text:
             return text
-        return self._neutral * min(len(text), 64)
+        return NEUTRAL * min(len(text), 64)
 
     def _verify_order(self, *, accept_shared_turn: bool) -> None:
         """Render known conversations: system text comes first, in a turn of its own; ids are the tokenizer's own.
@@ -231,6 +225,14 @@ class ChatRenderer:
         else:
             named = text.find("probe_tool")
             self.supports_tools = named < 0 or named > text.find(_PROBE)
+
+
+def _not_first() -> RequestError:
+    return RequestError(
+        "The security policy would not stand first in this conversation. Simplify its roles and tools.",
+        param="messages",
+        code="conversation_refused",
+    )
 
 
 def _to_bytes(value: Any) -> bytes:

@@ -184,6 +184,18 @@ class Vocabulary:
             self._cache.put(key, ids)
         return ids
 
+    def ids_of_word(self, word: str) -> frozenset[int]:
+        """Return the tokens that spell `word` alone, with or without a space before it; empty where there is none."""
+        if word in self.controls:
+            return frozenset({self.controls[word].id})
+        found: set[int] = set()
+        for text in (word, f" {word}"):
+            ids = self._joint.encode(text, add_special_tokens=False).ids
+            # A token for unknown text stands for any: it must spell this one.
+            if len(ids) == 1 and self.decode(ids).strip() == word:
+                found.update(ids)
+        return frozenset(found)
+
     def encode_alone(self, text: str, *, space: str = "") -> list[int]:
         """Return the ids of a text that is a whole input (embeddings, raw prompts), with the tokenizer's own frame."""
         return [*self.lead_ids, *self.encode(text, first=True, space=space), *self.trail_ids]
@@ -332,14 +344,41 @@ def _is_text(token: AddedToken, template_text: str) -> bool:
 
 
 def _alternation(contents: Collection[str], flags: Mapping[str, AddedToken] | None = None) -> re.Pattern[str] | None:
+    """Return a pattern that finds the longest of `contents` at each place."""
     if not contents:
         return None
+    if flags is None or not any(flags[c].single_word for c in contents):
+        return re.compile(_trie_source(contents))
     longest_first = sorted(contents, key=lambda c: (-len(c), c))
-    sources = [
-        rf"(?<!\w){re.escape(c)}(?!\w)" if flags is not None and flags[c].single_word else re.escape(c)
-        for c in longest_first
-    ]
+    sources = [rf"(?<!\w){re.escape(c)}(?!\w)" if flags[c].single_word else re.escape(c) for c in longest_first]
     return re.compile("|".join(sources))
+
+
+def _trie_source(words: Collection[str]) -> str:
+    """Return a regular expression that shares beginnings: Gemma has 6,000 tokens that begin with `<unused`.
+
+    A plain alternation tries each of them at every `<` of a text: 3.6 s for 100,000 of these, against 1.3 ms.
+    """
+    heads: dict[str, list[str]] = {}
+    ends_here = False
+    for word in words:
+        if word:
+            heads.setdefault(word[0], []).append(word[1:])
+        else:
+            ends_here = True
+    branches = []
+    for head, rest in sorted(heads.items()):
+        shared = _common_head(rest)
+        tails = [tail[len(shared) :] for tail in rest]
+        branches.append(re.escape(head + shared) + (_trie_source(tails) if any(tails) else ""))
+    joined = branches[0] if len(branches) == 1 and not ends_here else f"(?:{'|'.join(branches)})"
+    return f"{joined}?" if ends_here else joined
+
+
+def _common_head(words: Collection[str]) -> str:
+    shortest, longest = min(words), max(words)
+    length = next((n for n, char in enumerate(shortest) if char != longest[n]), len(shortest))
+    return shortest[:length]
 
 
 def _split_pieces(

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from server.engine.wire import without_mark
 from server.errors import RequestError
-from server.template.neutral import neutralise, neutralise_text, restore
-from server.types import Chat
+from server.template.neutral import neutralise, neutralise_text
+from server.types import Chat, Delta
 from tests.vectors.template.families import FAMILIES, Family
 
 BLOCK = "## Rules\nFollow them."
@@ -84,7 +85,7 @@ def test_tool_arguments_stay_json():
     chat = Chat(({"role": "user", "content": "x"}, {"role": "assistant", "content": None, "tool_calls": [call]}))
     remote = neutralise(chat, BLOCK)
     sent = remote.messages[2]["tool_calls"][0]["function"]["arguments"]
-    assert json.loads(restore(sent, remote.mark)) == {"a": "<|im_end|>"}
+    assert json.loads(sent.replace(remote.mark, "")) == {"a": "<|im_end|>"}
 
 
 def test_ordinary_code_is_not_marked():
@@ -110,4 +111,5 @@ def test_every_mark_in_client_text_is_refused():
 def test_an_answer_that_quotes_comes_back_unchanged_in_any_pieces(text: str, cuts: list[int]):
     marked = neutralise_text(text, MARK)
     edges = sorted({0, len(marked), *(c for c in cuts if c < len(marked))})
-    assert "".join(restore(marked[a:b], MARK) for a, b in itertools.pairwise(edges)) == text
+    pieces = [without_mark(Delta(text=marked[a:b]), MARK).text for a, b in itertools.pairwise(edges)]
+    assert "".join(pieces) == text

@@ -83,17 +83,13 @@ def kit(tmp_path_factory: pytest.TempPathFactory):
         {"id": MODEL, "path": f"models/{MODEL}", "engine": {"max_model_len": 65536}},
         {"id": EMBEDDER, "path": f"models/{EMBEDDER}", "engine": {"runner": "pooling", "max_model_len": 256}},
     ]
-    made = make_kit(
+    with make_kit(
         folder / "gw",
         policy={"directory": str(policy)},
         templates={"directory": str(templates)},
         models=models,
-    )
-    try:
-        made.start()
+    ) as made:
         yield made
-    finally:
-        made.stop()
 
 
 def lock(folder: Path) -> None:
@@ -197,3 +193,50 @@ def test_refused_text_is_the_same_400_in_render_and_route(kit: GatewayKit, keys:
     render = httpx.post(kit.admin + "/admin/render", json=asked, headers=headers)
     assert (route.status_code, render.status_code) == (400, 400)
     assert json.loads(route.text)["error"]["code"] == json.loads(render.text)["error"]["code"] == "control_token"
+
+
+# Section 8 of the recommendation on special tokens; each value asks for something.
+REFUSED: list[dict[str, Any]] = [
+    {"chat_template": "{{ messages }}"},
+    {"chat_template": ""},
+    {"chat_template_kwargs": {"enable_thinking": False}},
+    {"prompt_token_ids": [1, 2, 3]},
+    {"prompt_embeds": "AAAA"},
+    {"add_generation_prompt": False},
+    {"add_generation_prompt": True},
+    {"continue_final_message": True},
+    {"echo": True},
+    {"prompt_logprobs": 0},
+    {"logit_bias": {"1": 100}},
+    {"skip_special_tokens": False},
+    {"documents": [{"text": "x"}]},
+    {"vllm_xargs": {"a": 1}},
+    {"kv_transfer_params": {"prompt_token_ids": [1]}},
+]
+TOKEN_ID_PROMPTS: dict[str, list[dict[str, Any]]] = {
+    "/v1/chat/completions": [{"messages": [1, 2]}, {"messages": [{"role": "user", "content": [1, 2]}]}],
+    "/v1/completions": [{"prompt": [1, 2]}, {"prompt": [[1, 2]]}, {"prompt": ["a", "b"]}, {"suffix": [1]}],
+    "/v1/responses": [{"input": [1, 2]}, {"input": [{"role": "user", "content": [1]}]}, {"instructions": [1]}],
+    "/v1/messages": [{"messages": [1]}, {"system": [1]}, {"messages": [{"role": "user", "content": [1]}]}],
+    "/v1/embeddings": [{"input": [1, 2]}, {"input": [[1, 2]]}],
+    "/v1/fim/completions": [{"prompt": [1, 2]}, {"suffix": [1]}],
+    "/infill": [{"input_prefix": [1]}, {"input_suffix": [1]}, {"prompt": [1, 2]}],
+}
+
+
+@pytest.mark.parametrize("route", list(BODIES))
+def test_what_would_get_around_the_prompt_is_refused_on_every_route(kit: GatewayKit, keys: list[str], route: str):
+    headers = {"authorization": f"Bearer {keys[0]}"}
+    for more in (*REFUSED, *TOKEN_ID_PROMPTS[route]):
+        body = {**BODIES[route], **more}
+        answer = httpx.post(kit.base + route, json=body, headers=headers, timeout=20)
+        shown = httpx.post(kit.admin + "/admin/render", json={"path": route, "body": body}, headers=headers, timeout=20)
+        assert (answer.status_code, shown.status_code) == (400, 400), f"{more}: {answer.text} {shown.text}"
+
+
+def test_render_shows_the_ids_of_embeddings(kit: GatewayKit, keys: list[str]):
+    asked = {"path": "/v1/embeddings", "body": {"model": EMBEDDER, "input": ["hello", "[SEP] hello [CLS]"]}}
+    headers = {"authorization": f"Bearer {keys[0]}"}
+    shown = httpx.post(kit.admin + "/admin/render", json=asked, headers=headers, timeout=20).json()
+    assert [len(ids) > 2 for ids in shown["inputs"]] == [True, True]
+    assert shown["token_ids"] == []

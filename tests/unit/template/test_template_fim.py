@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -35,12 +35,12 @@ SHAPES = {
 }
 
 
-def builder_of(name: str, registry: TemplateRegistry) -> PromptBuilder:
+def builder_of(name: str, registry: TemplateRegistry, **options: Any) -> PromptBuilder:
     family = next(f for f in (*FAMILIES, CODELLAMA) if f.name == name)
     files = family.files()
     if not family.template:
         files = {k: v for k, v in files.items() if k != "chat_template.jinja"}
-    return PromptBuilder(registry, files)
+    return PromptBuilder(registry, files, **options)
 
 
 def render(builder: PromptBuilder, completion: Completion, stand_in: str = "") -> Prompt:
@@ -170,3 +170,81 @@ def test_families_that_share_markers_are_told_apart():
     assert granite is not None
     assert granite.name == "granite-code"
     assert fim.find_family({"<|im_start|>"}) is None
+
+
+LINES = [f"value_{n} = compute({n})  # line {n}\n" for n in range(2000)]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("raw", [False, True])
+def test_context_is_trimmed_around_the_cursor(registry: TemplateRegistry, name: str, raw: bool):
+    builder = builder_of(name, registry, max_model_len=512)
+    assert builder.family is not None
+    before, after = "".join(LINES[:1000]), "".join(LINES[1000:])
+    spelled = dict(builder.family.spellings)
+    if raw:
+        texts = {PREFIX: before, SUFFIX: after}
+        completion = Completion("".join(texts.get(part, spelled.get(part, part)) for part in SHAPES[name]))
+    else:
+        completion = Completion(before, after)
+    prompt = render(builder, completion, "fim")
+    assert 512 * 3 // 4 - 60 < prompt.num_tokens <= 512 - 128
+    assert controls_of(builder, prompt) == controls_of(builder, render(builder, Completion(PREFIX, SUFFIX), "fim"))
+    text = prompt.text
+    assert LINES[999] in text
+    assert LINES[1000] in text
+    assert LINES[0] not in text
+    assert LINES[1999] not in text
+    kept = [sum(line in text for line in side) for side in (LINES[:1000], LINES[1000:])]
+    assert kept[0] > 2 * kept[1] > 0
+
+
+def test_trimming_gives_each_side_what_the_other_leaves():
+    parts = fim.FimPrompt("b" * 1000, "a" * 10, (("<|file_sep|>", "other"),))
+    assert fim.trim(parts, 100) == fim.FimPrompt("b" * 90, "a" * 10)
+    assert fim.trim(fim.FimPrompt("b" * 10, "a" * 1000), 100) == fim.FimPrompt("b" * 10, "a" * 90)
+    assert fim.trim(fim.FimPrompt("b" * 1000, "a" * 1000), 100) == fim.FimPrompt("b" * 75, "a" * 25)
+    assert fim.trim(fim.FimPrompt("b" * 10, "a" * 10), 0) == fim.FimPrompt("", "")
+
+
+def test_other_files_go_before_anything_near_the_cursor(registry: TemplateRegistry):
+    builder = builder_of("qwen2.5-coder", registry, max_model_len=256)
+    raw = "<|file_sep|>a.py\n" + "x = 1\n" * 500 + "".join(SHAPES["qwen2.5-coder"])
+    prompt = render(builder, Completion(raw), "fim")
+    assert prompt.text == "".join(SHAPES["qwen2.5-coder"])
+
+
+def test_a_chat_model_s_instruction_is_trimmed_too(registry: TemplateRegistry):
+    builder = builder_of("qwen2.5-coder", registry, max_model_len=4096, fim_family="none")
+    assert builder.family is None
+    prompt = render(builder, Completion("".join(LINES[:1000]), "".join(LINES[1000:])))
+    assert prompt.num_tokens <= 4096 - 256
+    assert LINES[999] in prompt.text
+    assert LINES[1000] in prompt.text
+
+
+# As each family publishes it: prefix P, suffix S, then the model speaks.
+PUBLISHED = {
+    "codegemma": "<|fim_prefix|>P<|fim_suffix|>S<|fim_middle|>",
+    "qwen-coder": "<|fim_prefix|>P<|fim_suffix|>S<|fim_middle|>",
+    "starcoder": "<fim_prefix>P<fim_suffix>S<fim_middle>",
+    "granite-code": "<fim_prefix>P<fim_suffix>S<fim_middle>",
+    "deepseek-coder": "<｜fim▁begin｜>P<｜fim▁hole｜>S<｜fim▁end｜>",
+    "codellama": "▁<PRE>P▁<SUF>S▁<MID>",
+    "codestral": "[SUFFIX]S[PREFIX]P",
+}
+# A model of the vectors whose vocabulary has the family's markers.
+MODELS = {
+    "codegemma": "gemma-system", "qwen-coder": "qwen2.5-coder", "starcoder": "starcoder2",
+    "granite-code": "starcoder2", "deepseek-coder": "deepseek-v3", "codellama": "codellama", "codestral": "mistral",
+}  # fmt: skip
+
+
+def test_every_family_of_the_registry_is_held_to_its_published_format():
+    assert set(PUBLISHED) == {family.name for family in fim.FAMILIES} == set(MODELS)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_family_by_name_gives_its_published_format(registry: TemplateRegistry, name: str):
+    builder = builder_of(MODELS[name], registry, fim_family=name)
+    assert render(builder, Completion("P", "S"), "fim").text == PUBLISHED[name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,10 +14,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from server.errors import AuditUnavailableError, ConfigError, RequestError
+from server.follow import follow
 from server.template import lock as locking
 from server.template import registry as room
 from server.template import source
-from server.template.follow import follow_templates
 from server.template.rollout import Rollout, Stage
 
 if TYPE_CHECKING:
@@ -62,6 +63,21 @@ def test_what_ships_loads():
             assert template.standards
             assert template.cases
             assert template.preamble or "fim" not in template.formats
+
+
+def test_standards_are_named_by_their_ids():
+    """Requirements by number, so that a reviewer can look each one up; chapters of ASVS 5.0.0 go from 1 to 17."""
+    folder = Path(__file__).parents[3] / "configs" / "templates"
+    loaded = room.TemplateRegistry.load(folder, folder / "templates.lock")
+    requirement = re.compile(r"(?:[1-9]|1[0-7])\.[1-9]\.(?:[1-9]|1[0-2])")
+    for name, versions in loaded.templates.items():
+        for template in versions.values():
+            listed = [s.removeprefix("OWASP ASVS 5.0.0: ") for s in template.standards if "ASVS" in s]
+            for entry in (e for text in listed for e in text.split(", ")):
+                assert requirement.fullmatch(entry), f"{name}: {entry}"
+            if template.scope == "language" or name == "secure-coding":
+                assert listed, f"{name} names no requirement of ASVS"
+                assert any("CWE-" in s or "CWE Top 25" in s for s in template.standards), name
 
 
 def test_all_that_ships_composes():
@@ -164,11 +180,36 @@ def test_values_of_the_deployment_serve_every_composition(tmp_path: Path):
     write(tmp_path, more=VARIABLES)
     write(tmp_path, "other")
     loaded = room.TemplateRegistry.load(tmp_path, lock(tmp_path))
-    loaded.verify_values({"language": "rust"})
+    room.verify_values(loaded.templates, {"language": "rust"})
     assert loaded.compose(["other"], {"language": "rust"}).ref == loaded.compose(["other"]).ref
     for wrong in ({"language": "perl"}, {"nothing": 1}):
         with pytest.raises(ConfigError, match="variables in the settings are wrong"):
-            loaded.verify_values(wrong)
+            room.verify_values(loaded.templates, wrong)
+
+
+def test_a_set_that_the_deployment_s_values_do_not_fit_is_refused_at_load(tmp_path: Path):
+    """Not at the next request, which would then be refused for what an operator did."""
+    write(tmp_path, more=VARIABLES)
+    loaded = room.TemplateRegistry.load(tmp_path, lock(tmp_path))
+    loaded.require(lambda fresh: room.verify_values(fresh.templates, {"language": "rust"}))
+    before = loaded.current
+    write(tmp_path, more=VARIABLES.replace("rust", "ruby"))
+    lock(tmp_path)
+    with pytest.raises(ConfigError, match="'language' must be one of"):
+        loaded.reload()
+    assert loaded.current is before
+
+
+def test_a_text_changed_under_its_version_is_what_is_served(tmp_path: Path):
+    """Also where a thread that began under the old set finishes after the new one is in force."""
+    path = write(tmp_path)
+    loaded = room.TemplateRegistry.load(tmp_path, lock(tmp_path))
+    old = [loaded.templates["base"]["1.0.0"]]
+    path.write_text(path.read_text() + "Be brief.\n")
+    lock(tmp_path)
+    loaded.reload()
+    loaded._compose(old, {})
+    assert loaded.compose(["base"]).text.endswith("Be brief.")
 
 
 def test_variable_with_two_meanings_is_refused(tmp_path: Path):
@@ -247,7 +288,7 @@ async def test_a_change_is_followed_put_on_record_and_a_bad_set_left_out(tmp_pat
             await asyncio.sleep(0.01)
         raise AssertionError("it did not happen")
 
-    task = asyncio.create_task(follow_templates(loaded, record, interval_s=0.01))
+    task = asyncio.create_task(follow(loaded, "admin:template:changed", record, interval_s=0.01))
     await asyncio.sleep(0.05)
     write(tmp_path, version="2.0.0")
     lock(tmp_path)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from server.errors import ConfigError
-from server.template.vocabulary import SegmentCache, Vocabulary
+from server.template.vocabulary import SegmentCache, Vocabulary, _trie_source
 from tests.vectors.template.families import FAMILIES
 
 MARK = "\uf8d0"
@@ -34,6 +37,21 @@ def vocabulary(name: str = "qwen2.5-coder") -> Vocabulary:
 )
 def test_marks_break_spellings_and_stand_at_edges_that_could_complete_one(text: str, guarded: str):
     assert vocabulary().guard(text, MARK) == guarded
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    words=st.lists(st.text("ab<|", min_size=1, max_size=5), min_size=1, max_size=12), text=st.text("ab<|", max_size=40)
+)
+def test_shared_beginnings_find_what_a_plain_alternation_finds(words: list[str], text: str):
+    plain = re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))))
+    assert re.findall(_trie_source(words), text) == plain.findall(text)
+
+
+def test_thousands_of_tokens_are_not_tried_one_by_one():
+    """Gemma has 6,242 of these: each `<` of a text would cost as many comparisons."""
+    source = _trie_source([f"<unused{n}>" for n in range(6242)])
+    assert source.startswith("<unused(?:0>|1(?:")
 
 
 def test_overlapping_tokens_are_all_broken():
