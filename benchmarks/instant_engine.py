@@ -6,14 +6,15 @@
 It is written against `asyncio.Protocol`, with streams built beforehand, so that it is never the limit. A test overrides
 any setting for one request in the header `x-instant-engine`, as JSON: `{"text": …, "num_tokens": …, "delay_ms": …,
 "separate": …, "status": 500, "error_after": 3, "cut_after": 3, "hang_after": 3, "tool_call": {"name": …,
-"arguments": …}}`. Because gateways pass no such header on, the same JSON can be put there for all requests by
-`POST /control`. `GET /stats` says what ran, what was aborted and what the last body was.
+"arguments": …}, "tool_call_times": 1}`. Because gateways pass no such header on, the same JSON can be put there for all
+requests by `POST /control`. `GET /stats` says what ran, what was aborted and what the last body was.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import hashlib
 import json
 import signal
 from dataclasses import dataclass, fields, replace
@@ -42,10 +43,15 @@ class Script:
     cut_after: int | None = None
     hang_after: int | None = None
     tool_call: str | None = None
+    tool_call_times: int | None = None  # so many requests with tools get the call, all others the text
+    tool_finish_reason: str = "tool_calls"
     finish_reason: str = "stop"
+    stop_reason: str | None = None
     first_delay_ms: float = 0.0
     wrong_ids: bool = False
+    bans: bool = True  # whether it leaves banned tokens out
     interval: int = 1
+    echo: bool = False
 
     @classmethod
     def parse(cls, raw: bytes | dict[str, Any], base: Script) -> Script:
@@ -70,6 +76,15 @@ def pieces(script: Script) -> tuple[str, ...]:
     return tuple(text[at * 4 : at * 4 + 4] for at in range(script.num_tokens))
 
 
+def stopped(script: Script, stops: list[str]) -> Script:
+    """The script with its text cut in front of the first stop string that it has."""
+    text = "".join(pieces(script))
+    first, stop = min(((text.find(stop), stop) for stop in stops if stop in text), default=(0, None))
+    if stop is None:
+        return script
+    return replace(script, text=text[:first], finish_reason="stop", stop_reason=stop)
+
+
 def _event(obj: dict[str, Any]) -> bytes:
     return b"data: " + orjson.dumps(obj) + b"\n\n"
 
@@ -91,6 +106,8 @@ def stream_events(script: Script, model: str, *, chat: bool, num_choices: int) -
     def choice(index: int, delta: dict[str, Any], text: str, finish: str | None = None) -> bytes:
         part = {"delta": delta} if chat else {"text": text}
         body = {"index": index, **part, "logprobs": None, "finish_reason": finish}
+        if finish is not None:
+            body["stop_reason"] = script.stop_reason
         return _event({**head, "choices": [body]})
 
     events = [choice(i, {"role": "assistant", "content": ""}, "") for i in range(num_choices)] if chat else []
@@ -104,7 +121,7 @@ def stream_events(script: Script, model: str, *, chat: bool, num_choices: int) -
             choice(0, {"tool_calls": [{"index": 0, "function": {"arguments": arguments[at : at + 5]}}]}, "")
             for at in range(0, len(arguments), 5)
         ]
-        return (*events, choice(0, {"content": ""}, "", "tool_calls"))
+        return (*events, choice(0, {"content": ""}, "", script.tool_finish_reason))
     cut = pieces(script)
     for piece in ("".join(cut[at : at + script.interval]) for at in range(0, len(cut), script.interval)):
         events += [choice(i, {"content": piece}, piece) for i in range(num_choices)]
@@ -123,6 +140,8 @@ class Engine:
         self.num_finished = 0
         self.num_aborted = 0
         self.num_tokens = 0
+        self.adapters: list[str] = []
+        self.num_tool_calls = 0
         self.last_path = ""
         self.last_body: dict[str, Any] = {}
 
@@ -204,10 +223,13 @@ class Connection(asyncio.Protocol):
             self._json(engine.stats())
         elif path == "/control":
             engine.script = Script.parse(b"".join(self.body), engine.script)
+            engine.num_tool_calls = 0
             self._json({})
         elif path == "/v1/models":
-            entry = {"id": engine.model, "object": "model", "root": "/x", "max_model_len": engine.max_model_len}
-            self._json({"object": "list", "data": [entry]})
+            names = [(engine.model, engine.max_model_len), *((name, None) for name in engine.adapters)]
+            common = {"object": "model", "root": "/x"}
+            entries = [{"id": name, "max_model_len": length, **common} for name, length in names]
+            self._json({"object": "list", "data": entries})
         elif path in {"/v1/chat/completions", "/v1/completions", "/v1/embeddings"}:
             script = engine.script if self.control is None else Script.parse(self.control, engine.script)
             body = orjson.loads(b"".join(self.body))
@@ -246,11 +268,20 @@ class Connection(asyncio.Protocol):
     def _answer(self, script: Script, body: dict[str, Any], *, chat: bool) -> None:
         ids = (body.get("kv_transfer_params") or {}).get("prompt_token_ids") if chat else body.get("prompt")
         num_prompt_tokens = len(ids) if isinstance(ids, list) else 1
+        if script.echo:  # words that tell one prompt from every other
+            script = replace(script, text=f"answer {hashlib.sha256(orjson.dumps(ids)).hexdigest()}", num_tokens=9)
         num_choices = body.get("n") or 1
         limit = body.get("max_completion_tokens" if chat else "max_tokens")
         if limit is not None and limit < script.num_tokens:
             script = replace(script, num_tokens=limit, finish_reason="length")
+        if body.get("stop"):
+            script = stopped(script, body["stop"])
         num_tokens = len(pieces(script)) * num_choices
+        if script.tool_call_times is not None:
+            if not body.get("tools") or self.engine.num_tool_calls >= script.tool_call_times:
+                script = replace(script, tool_call=None)
+            else:
+                self.engine.num_tool_calls += 1
         usage = {
             "prompt_tokens": num_prompt_tokens + (1 if script.wrong_ids else 0),
             "completion_tokens": num_tokens,
@@ -316,6 +347,8 @@ class Connection(asyncio.Protocol):
         if body.get("return_token_ids"):
             given = [1, 2, 3] if script.wrong_ids else ids
             (answer if chat else choices[0])["prompt_token_ids"] = given
+            banned = (body.get("vllm_xargs") or {}).get("strongroom_banned_tokens", ()) if script.bans else ()
+            choices[0]["token_ids"] = [next(token for token in range(7, 1000) if token not in banned)]
         self._json(answer)
         self.engine.num_finished += 1
 
@@ -343,7 +376,9 @@ async def serve(engine: Engine, *, uds: str | None, port: int | None) -> asyncio
 
 async def _main(args: argparse.Namespace) -> None:
     script = Script(args.text, args.num_tokens, args.delay_ms, args.separate)
-    server = await serve(Engine(args.model, args.max_model_len, script), uds=args.uds, port=args.port)
+    engine = Engine(args.model, args.max_model_len, script)
+    engine.adapters = args.adapter
+    server = await serve(engine, uds=args.uds, port=args.port)
     stop = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
@@ -360,6 +395,7 @@ def main() -> None:
     where.add_argument("--uds", help="path of the unix socket")
     where.add_argument("--port", type=int, help="port on 127.0.0.1")
     parser.add_argument("--model", default="instant")
+    parser.add_argument("--adapter", action="append", default=[], help="a further name it answers to")
     parser.add_argument("--max-model-len", type=int, default=131072)
     parser.add_argument("--text", default=PROSE)
     parser.add_argument("--num-tokens", type=int, default=64)

@@ -8,10 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import httpx
 
@@ -29,6 +31,9 @@ from server.sealed.signature import LocalSigner, create_signing_key, public_path
 from server.sealed.source import MemoryShard, Tensor, prepare
 from server.settings import Settings, parse_settings
 from server.store.database import Store
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "tiny-coder"
@@ -96,10 +101,21 @@ class GatewayKit:
     def admin(self) -> str:
         return f"http://127.0.0.1:{self.settings.admin.port}"
 
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.stop()
+
     def start(self) -> None:
         self.start_writer()
         for model in self.settings.models:
-            self.start_engine(model.id)
+            self.start_engine(model.id, *(word for adapter in model.adapters for word in ("--adapter", adapter.id)))
         self.start_gateway()
 
     def _spawn(self, name: str, *argv: str) -> None:
@@ -117,7 +133,9 @@ class GatewayKit:
             "--dir",
             str(settings.audit_dir),
             "--key",
-            str(settings.keys_dir / "audit.key"),
+            settings.audit.key or str(settings.keys_dir / "audit.key"),
+            "--origin",
+            settings.audit.origin,
             "--socket",
             str(settings.audit_socket),
         )
@@ -177,6 +195,12 @@ class GatewayKit:
             client.close()
             store.close()
         return secret.reveal()
+
+    def working_key(self, **spec: Any) -> str:
+        """Draw an API key that the gateway knows already."""
+        key = self.new_key(**spec)
+        self.wait_for_key(key)
+        return key
 
     def wait_for_key(self, key: str) -> None:
         """Return once the gateway has heard of a new key."""
@@ -266,3 +290,13 @@ def make_kit(state: Path, **overrides: Any) -> GatewayKit:
 
 
 MODEL_FOLDER = "models/{}"
+
+
+@contextmanager
+def standing_kit(parent: Path | None, **overrides: Any) -> Iterator[GatewayKit]:
+    """A kit that runs, in a folder of its own below `parent`, until the block ends."""
+    with (
+        tempfile.TemporaryDirectory(prefix="sr-bench-", dir=parent, ignore_cleanup_errors=True) as folder,
+        make_kit(Path(folder) / "state", **overrides) as kit,
+    ):
+        yield kit

@@ -1,8 +1,11 @@
 """What the gateway adds, everything on: requests and streamed tokens a second, added latency, beside the bare engine.
 
-    python -m benchmarks.gateway.overhead [--seconds 5] [--json FILE] [--state DIR]
+    python -m benchmarks.gateway.overhead [--seconds 5] [--json FILE] [--state DIR] [--litellm PYTHON]
 
 The engine answers at once. The gateway has one core of its own; load generator, engine and audit writer share another.
+Beside it, on the gateway's core, a proxy without any control: what it loses of that rate is what the controls cost.
+With `--litellm`, the Python of a virtual environment that holds `litellm[proxy]`, LiteLLM's proxy is measured on the
+same core in the same run, with a key as its only control.
 The state lies on the disk of `--state`: the audit log's two fdatasyncs a request are part of what is measured.
 """
 
@@ -11,19 +14,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import shutil
+import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import uvloop
 
-from benchmarks.gateway.kit import MODEL, make_kit
+from benchmarks.gateway.kit import MODEL, free_port, standing_kit, wait_until
+from benchmarks.gateway.litellm import LiteLLM, start_litellm
 from benchmarks.gateway.load import closed_loop, http_request
+from benchmarks.result import Measure, Result, finish, write_result
 from benchmarks.sealed.picture import bars
 from server.engine.local import engine_paths
 
@@ -55,7 +58,24 @@ def body(*, stream: bool) -> bytes:
     ).encode()
 
 
-async def measure(kit, key: str, seconds: float) -> dict:
+def start_bare(kit, core: int) -> tuple[subprocess.Popen[bytes], int]:
+    """Start the proxy without controls on the gateway's core; return it and its port."""
+    port = free_port()
+    engine = str(engine_paths(kit.settings.state, MODEL).socket)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.gateway.bare", "--port", str(port), "--engine", engine]
+    )
+    os.sched_setaffinity(process.pid, [core])
+
+    def listens() -> bool:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        return True
+
+    wait_until(listens)
+    return process, port
+
+
+async def measure(kit, key: str, bare_port: int, seconds: float, litellm: LiteLLM | None = None) -> dict:
     gateway = ("127.0.0.1", kit.settings.public.port)
     engine = str(engine_paths(kit.settings.state, MODEL).socket)
     direct_body = json.dumps(
@@ -78,7 +98,22 @@ async def measure(kit, key: str, seconds: float) -> dict:
             await closed_loop(gateway, request, connections=connections, seconds=min(1.0, seconds))  # warm-up
             syncs.append(fdatasync_ms(kit.state))
             direct = await closed_loop(engine, direct_request, connections=connections, seconds=seconds / 2)
+            bare = await closed_loop(
+                ("127.0.0.1", bare_port), direct_request, connections=connections, seconds=seconds / 2
+            )
             through = await closed_loop(gateway, request, connections=connections, seconds=seconds)
+            beside = {}
+            if litellm is not None:
+                there = ("127.0.0.1", litellm.port)
+                asked = http_request("/v1/chat/completions", body(stream=stream), key=litellm.key)
+                await closed_loop(there, asked, connections=connections, seconds=min(1.0, seconds))
+                peer = await closed_loop(there, asked, connections=connections, seconds=seconds)
+                beside = {
+                    "litellm_per_s": round(peer.rate, 1),
+                    "litellm_events_per_s": round(peer.event_rate, 1),
+                    "litellm_p50_ms": round(peer.percentile_ms(50), 3),
+                    "litellm_errors": peer.num_errors,
+                }
             rows.append(
                 {
                     "answer": "64 tokens of prose",
@@ -92,7 +127,10 @@ async def measure(kit, key: str, seconds: float) -> dict:
                     "added_p50_ms": round(through.percentile_ms(50) - direct.percentile_ms(50), 3),
                     "added_p99_ms": round(through.percentile_ms(99) - direct.percentile_ms(99), 3),
                     "engine_alone_per_s": round(direct.rate, 1),
+                    "bare_proxy_per_s": round(bare.rate, 1),
+                    "bare_proxy_p50_ms": round(bare.percentile_ms(50), 3),
                     "fdatasync_ms": round(syncs[-1], 3),
+                    **beside,
                 }
             )
             show(rows[-1])
@@ -115,6 +153,40 @@ async def measure(kit, key: str, seconds: float) -> dict:
     )
     show(rows[-1])
     return {"rows": rows, "fdatasync_median_ms": round(statistics.median(syncs), 3)}
+
+
+def measures_of(rows: list[dict]) -> list[Measure]:
+    """What `compare` reads; a run of this benchmark is one value of each."""
+    found = []
+    for row in rows:
+        labels = {"answer": row["answer"], "stream": str(row["stream"]), "connections": str(row["connections"])}
+        for name, unit, better in (
+            ("requests_per_s", "1/s", "higher"),
+            ("events_per_s", "1/s", "higher"),
+            ("p50_ms", "ms", "lower"),
+            ("p99_ms", "ms", "lower"),
+            ("added_p50_ms", "ms", "lower"),
+        ):
+            if name in row:
+                plain = name.removesuffix("_per_s").removesuffix("_ms")
+                found.append(Measure(plain, unit, better, "total", row[name], None, labels))
+    return found
+
+
+def details_of(rows: list[dict]) -> dict:
+    """Where the time of one request goes, alone on the machine: engine, a proxy as such, the controls."""
+    falls = []
+    for row in rows:
+        if row["connections"] == 1 and "bare_proxy_p50_ms" in row:
+            engine = row["p50_ms"] - row["added_p50_ms"]
+            proxy = row["bare_proxy_p50_ms"] - engine
+            steps = [("engine alone", engine), ("a proxy without controls", proxy)]
+            steps.append(("all controls", row["p50_ms"] - row["bare_proxy_p50_ms"]))
+            kind = "streamed" if row["stream"] else "plain"
+            title = f"One connection, {row['answer']}, {kind}: median of a request"
+            named = [{"name": name, "value": round(value, 3)} for name, value in steps]
+            falls.append({"title": title, "unit": "ms", "steps": named})
+    return {"waterfalls": falls}
 
 
 def picture(rows: list[dict]) -> str:
@@ -152,34 +224,31 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=5.0, help="for each row")
     parser.add_argument("--state", type=Path, help="where the state folder is made; its disk is part of the figures")
+    parser.add_argument("--litellm", type=Path, help="a Python that has litellm[proxy]: measure it in the same run")
     parser.add_argument("--json", type=Path, help="write the result here")
     parser.add_argument("--svg", type=Path, help="write a picture here")
     args = parser.parse_args(argv)
-    folder = Path(tempfile.mkdtemp(prefix="sr-bench-", dir=args.state))
-    kit = make_kit(folder / "state")
-    try:
-        kit.start()
-        key = kit.new_key(groups={"developers"})
-        kit.wait_for_key(key)
+    with standing_kit(args.state) as kit:
+        key = kit.working_key(groups={"developers"})
         layout = pin(kit)
-        result = uvloop.run(measure(kit, key, args.seconds))
-    finally:
-        kit.stop()
-        shutil.rmtree(folder, ignore_errors=True)
-    result |= {
-        "benchmark": "gateway",
-        "cores": layout,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip(),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+        bare, bare_port = start_bare(kit, layout["gateway"][0])
+        litellm = start_litellm(args.litellm, kit.state.parent, layout) if args.litellm else None
+        try:
+            result = uvloop.run(measure(kit, key, bare_port, args.seconds, litellm))
+        finally:
+            bare.kill()
+            if litellm is not None:
+                litellm.stop()
+    settings = {"seconds": args.seconds, "cores": layout, "fdatasync_median_ms": result.pop("fdatasync_median_ms")}
+    if litellm is not None:
+        settings["litellm"] = litellm.version
+    result = finish(
+        Result("gateway", settings, measures_of(result["rows"]), result["rows"], details_of(result["rows"]))
+    )
     if args.svg:
-        args.svg.write_text(picture(result["rows"]))
+        args.svg.write_text(picture(result.rows))
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_result(result, args.json)
     return 0
 
 

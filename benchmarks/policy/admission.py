@@ -2,9 +2,11 @@
 
     python -m benchmarks.policy.admission [--keys 100000] [--policies 200] [--requests 20000]
 
-Measured in rounds that take turns, so that a busy machine slows all alike: `bare` is an async route that does nothing,
-`known` asks what was asked before (the policy set remembers the answer as long as it stands), `fresh` asks a question
-never asked. `authenticate`, `decide` and `limits` are the parts of `known`. Prints one JSON line a row, microseconds.
+Measured in rounds that take turns, so that a busy machine slows all alike. `bare-route` is a route that reads headers
+and body and answers, called as a server calls it; `known-route` and `fresh-route` are the same with admission in front,
+`known-added` and `fresh-added` the differences of the medians. `known` asks what was asked before (the policy set
+remembers the answer as long as it stands), `fresh` asks a question never asked; without `-route`, admission alone.
+`authenticate`, `decide` and `limits` are the parts of `known`. Prints one JSON line a row, microseconds.
 """
 
 from __future__ import annotations
@@ -20,8 +22,16 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import orjson
+from starlette.applications import Starlette
+from starlette.responses import Response
+from starlette.routing import Route
+
+from server.api.exchange import read_credentials
 from server.auth.api_key import KeyRing, new_key
 from server.auth.authenticator import Authenticator
 from server.auth.pepper import Pepper
@@ -34,6 +44,12 @@ from server.policy.rate import MemoryLedger
 from server.store.incidents import Quarantine
 from server.store.keys import KeyRow
 from server.types import Chat, Client, Credentials, ModelRequest, Outcome, Secret, Usage, WireFormat
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from starlette.requests import Request
+    from starlette.types import Message, Scope
 
 ROUND = 500
 LIMITS = {
@@ -93,14 +109,49 @@ class Bench:
         )
         self.client = Client("10.1.2.3", "openai/3.54")
         self.next_fresh = 0
+        self.app = Starlette(routes=[Route("/v1/chat/completions", self.endpoint, methods=["POST"])])
+        self.body = orjson.dumps({"model": "house-coder", "messages": self.request.payload.messages})
 
-    async def bare(self, number: int) -> None:
-        """Nothing."""
+    async def route(self, key: str, admit: Callable[[Credentials], Awaitable[None]] | None) -> None:
+        """One call of a route, with admission in front or without."""
+        scope: Scope = {
+            "type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b"",
+            "headers": [(b"authorization", b"Bearer " + key.encode()), (b"user-agent", b"openai/3.54")],
+        }  # fmt: skip
+        await self.app(scope | {"admit": admit}, self.receive, self.send)
 
-    async def admit(self, number: int, client: Client) -> None:
-        """One request, from header to settlement."""
-        key = self.keys[number % len(self.keys)]
-        principal = await self.auth.authenticate(Credentials((Secret(key),)), client)
+    async def endpoint(self, request: Request) -> Response:
+        """The route: it reads headers and body, and answers."""
+        credentials = read_credentials(request.scope)
+        body = orjson.loads(await request.body())
+        admit = request.scope["admit"]
+        if admit is not None:
+            await admit(credentials)
+        return Response(orjson.dumps({"model": body["model"]}), media_type="application/json")
+
+    async def receive(self) -> Message:
+        """The body, whole."""
+        return {"type": "http.request", "body": self.body, "more_body": False}
+
+    async def send(self, message: Message) -> None:
+        """Where the answer goes."""
+
+    async def bare_route(self, number: int) -> None:
+        """The route without admission."""
+        await self.route(self.keys[number % 1000], None)
+
+    async def known_route(self, number: int) -> None:
+        """The route with admission of a caller who has asked before."""
+        await self.route(self.keys[number % 1000], partial(self.admit, client=self.client))
+
+    async def fresh_route(self, number: int) -> None:
+        """The route with admission of a caller from an address never seen."""
+        key, client = self.new_caller()
+        await self.route(key, partial(self.admit, client=client))
+
+    async def admit(self, credentials: Credentials, client: Client) -> None:
+        """One request, from credential to settlement."""
+        principal = await self.auth.authenticate(credentials, client)
         decision = self.policy.decide(principal, "model:chat:create", self.request, client)
         if not decision.allowed:
             raise SystemExit(f"the benchmark's own request was refused: {decision.reason}")
@@ -109,13 +160,18 @@ class Bench:
 
     async def known(self, number: int) -> None:
         """A caller who has asked before."""
-        await self.admit(number % 1000, self.client)
+        await self.admit(Credentials((Secret(self.keys[number % 1000]),)), self.client)
 
     async def fresh(self, number: int) -> None:
         """A caller from an address never seen: nothing of the answer is remembered."""
+        key, client = self.new_caller()
+        await self.admit(Credentials((Secret(key),)), client)
+
+    def new_caller(self) -> tuple[str, Client]:
+        """A key and an address from which nothing was asked."""
         self.next_fresh += 1
         address = f"10.{self.next_fresh >> 16 & 255}.{self.next_fresh >> 8 & 255}.{self.next_fresh & 255}"
-        await self.admit(self.next_fresh * 7919, Client(address, "openai/3.54"))
+        return self.keys[self.next_fresh * 7919 % len(self.keys)], Client(address, "openai/3.54")
 
     async def authenticate(self, number: int) -> None:
         """The first part of `known`."""
@@ -142,7 +198,8 @@ class Bench:
         gc.collect()
         gc.freeze()
         measured = {
-            "bare": self.bare, "known": self.known, "fresh": self.fresh,
+            "bare-route": self.bare_route, "known-route": self.known_route, "fresh-route": self.fresh_route,
+            "known": self.known, "fresh": self.fresh,
             "authenticate": self.authenticate, "decide": self.decide, "limits": self.reserve,
         }  # fmt: skip
         taken: dict[str, list[float]] = defaultdict(list)
@@ -166,10 +223,14 @@ def main() -> None:
         bench = Bench(Path(folder) / "policy", args.keys, args.policies)
         taken = asyncio.run(bench.run(args.requests))
     about = {
-        "keys": args.keys, "policies": len(bench.policy.policies.rules), "python": platform.python_version(),
+        "keys": args.keys, "policies": len(bench.policy.current.rules), "python": platform.python_version(),
         "machine": platform.machine(), "cpus": os.cpu_count(),
         "load": os.getloadavg()[0], "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }  # fmt: skip
+    medians = {name: statistics.median(values) for name, values in taken.items()}
+    for kind in ("known", "fresh"):
+        added_us = round(medians[f"{kind}-route"] - medians["bare-route"], 1)
+        print(json.dumps({"row": f"{kind}-added", "p50_us": added_us} | about))
     for name, values in taken.items():
         percentiles = statistics.quantiles(values, n=100)
         row = {"row": name, "p50_us": percentiles[49], "p90_us": percentiles[89], "p99_us": percentiles[98]}

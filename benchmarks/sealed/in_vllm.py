@@ -78,13 +78,17 @@ def main(argv: list[str] | None = None) -> int:
         print(done.stderr[-3000:], file=sys.stderr)
         return 1
     for row in rows:
-        sealed, plain = row["sealed_s"][1:], row["plain_s"][1:]
-        row["sealed_of_plain"] = statistics.median(s / p for s, p in zip(sealed, plain, strict=True))
-        print(
-            f"{row['name']}: load_weights plain {statistics.median(plain) * 1000:.1f} ms, "
-            f"sealed {statistics.median(sealed) * 1000:.1f} ms, {row['sealed_of_plain']:.3f} of plain, "
-            f"{row['num_parameters']} parameters equal: {row['equal']}"
-        )
+        row["sealed_of_plain"] = {}
+        for kind in ("all", "whole", "fused"):
+            sealed, plain = ([turn[kind] for turn in row[f"{way}_s"][1:]] for way in ("sealed", "plain"))
+            if not all(plain):
+                continue  # this loader does not tell them apart
+            row["sealed_of_plain"][kind] = statistics.median(s / p for s, p in zip(sealed, plain, strict=True))
+            print(
+                f"{row['name']}, {kind}: plain {statistics.median(plain) * 1000:.1f} ms, "
+                f"sealed {statistics.median(sealed) * 1000:.1f} ms, {row['sealed_of_plain'][kind]:.3f} of plain"
+            )
+        print(f"{row['name']}: {row['num_parameters']} parameters equal: {row['equal']}")
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "sealed-in-vllm.json").write_text(json.dumps({"setting": setting(args), "rows": rows}, indent=1) + "\n")
     return 0

@@ -1,9 +1,10 @@
-"""Sealed against plain safetensors and encrypted tensorizer: time to fill existing parameters, memory, sealing speed.
+"""Sealed against plain safetensors and encrypted tensorizer: time to fill parameters, memory, sealing speed.
 
 `python -m benchmarks.sealed.load` (`strongroom bench load`). All variants run interleaved in one process, round by
-round, the first round dropped; every variant fills the same parameters, which exist and are touched before. Peak memory
-is taken in a process of its own each. The page cache is warm unless `--cold`, which drops the files' pages before each
-load.
+round, the first round dropped. Each fills parameters of two kinds: `new` ones, allocated and never written to, as an
+engine has them when it loads its weights, so that their page faults are part of the load; and `used` ones, written to
+before, where only reading and copying (or decrypting) is left. Peak memory is taken in a process of its own each. The
+page cache is warm unless `--cold`, which drops the files' pages before each load and reads them without loading too.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
 
 GIB = 1 << 30
 LARGE, SMALL = (4096, 4096), (4096,)
+KINDS = ("new", "used")
+READ_ONLY = "read the plain file, no load"
 
 
 def make(folder: Path, num_matrices: int) -> dict[str, Any]:
@@ -121,13 +125,30 @@ def load_tensorized(model: dict[str, Any], params: dict[str, torch.Tensor]) -> N
     loaded.close()
 
 
-def variants(max_threads: int) -> dict[str, Callable[[dict[str, Any], dict[str, torch.Tensor]], None]]:
+def read_only(model: dict[str, Any], params: dict[str, torch.Tensor]) -> None:
+    """Nothing but reading the plain file: what the disk delivers."""
+    del params
+    buffer = bytearray(1 << 20)
+    with (model["folder"] / "plain" / "model.safetensors").open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+
+
+def variants(max_threads: int, *, cold: bool) -> dict[str, Callable[[dict[str, Any], dict[str, torch.Tensor]], None]]:
     found: dict[str, Callable[[dict[str, Any], dict[str, torch.Tensor]], None]] = {"safetensors": load_plain}
     for threads in range(1, max_threads + 1):
         found[f"sealed aes-256-gcm, {threads} threads"] = sealed_loader(Suite.AES_256_GCM, threads)
     found[f"sealed chacha20-poly1305, {max_threads} threads"] = sealed_loader(Suite.CHACHA20_POLY1305, max_threads)
-    found["tensorizer encrypted"] = load_tensorized
+    if has_tensorizer():
+        found["tensorizer encrypted"] = load_tensorized
+    if cold:
+        found[READ_ONLY] = read_only
     return found
+
+
+def has_tensorizer() -> bool:
+    """It is no dependency of ours: `pip install tensorizer` for the comparison."""
+    return importlib.util.find_spec("tensorizer") is not None
 
 
 def drop_pages(folder: Path) -> None:
@@ -138,26 +159,33 @@ def drop_pages(folder: Path) -> None:
         os.close(fd)
 
 
-def measure(model: dict[str, Any], rounds: int, max_threads: int, *, cold: bool) -> dict[str, list[float]]:
-    """Seconds by variant, a value a round."""
-    params = parameters(model)
+def measure(model: dict[str, Any], rounds: int, max_threads: int, *, cold: bool) -> dict[str, dict[str, list[float]]]:
+    """Seconds by kind of parameters and variant, a value a round."""
+    used = parameters(model)
     expected = {n: t.clone() for n, t in load_file(model["folder"] / "plain" / "model.safetensors").items()}
-    seconds: dict[str, list[float]] = {}
+    loads = list(variants(max_threads, cold=cold).items())
+    seconds: dict[str, dict[str, list[float]]] = {kind: {name: [] for name, _ in loads} for kind in KINDS}
     for turn in range(rounds + 1):
-        for name, load in variants(max_threads).items():
-            for param in params.values():
-                param.fill_(1)
-            if cold:
-                drop_pages(model["folder"])
-            started = time.perf_counter()
-            load(model, params)
-            elapsed = time.perf_counter() - started
-            if turn == 0:  # also where correctness is shown
-                if not all(torch.equal(params[n], expected[n]) for n in expected):
+        # Another one is first each round: it may be who touches memory that a hypervisor had taken back.
+        for name, load in loads[turn % len(loads) :] + loads[: turn % len(loads)]:
+            for kind in KINDS:
+                if kind == "used":
+                    params = used
+                    for param in params.values():
+                        param.fill_(1)
+                else:
+                    params = {n: torch.empty_like(t) for n, t in used.items()}
+                if cold:
+                    drop_pages(model["folder"])
+                started = time.perf_counter()
+                load(model, params)
+                elapsed = time.perf_counter() - started
+                if turn > 0:
+                    seconds[kind][name].append(elapsed)
+                elif name != READ_ONLY and not all(torch.equal(params[n], expected[n]) for n in expected):
                     raise RuntimeError(f"{name} loaded other values")
-            else:
-                seconds.setdefault(name, []).append(elapsed)
-            gc.collect()
+                del params
+                gc.collect()
     return seconds
 
 
@@ -240,57 +268,70 @@ def main(argv: list[str] | None = None) -> int:
     if args.peak:
         print_peak(args.folder, args.peak, args.matrices[0])
         return 0
-    rows = []
+    rows: list[dict[str, Any]] = []
+    stem = args.out
     for num_matrices in args.matrices or [8, 48]:
         with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
             rows.append(one_size(Path(scratch), num_matrices, args))
-    result = {"setting": setting(args), "sizes": rows}
-    args.out.mkdir(parents=True, exist_ok=True)
-    stem = args.out / ("sealed-load-cold" if args.cold else "sealed-load")
-    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    largest = rows[-1]
-    stem.with_suffix(".svg").write_text(
-        bars(
-            f"Loading {largest['gib']:.2f} GiB into existing parameters, GiB/s (median, 20th to 80th percentile)",
-            {name: load["gib_s"] for name, load in largest["load"].items()},
-        )
-    )
+        stem = write(args, rows)
     print(f"written: {stem}.json, {stem}.svg")
     return 0
 
 
+def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> Path:
+    """Write what there is so far: a run that is cut short keeps its sizes."""
+    result = {"setting": setting(args), "sizes": rows}
+    args.out.mkdir(parents=True, exist_ok=True)
+    stem: Path = args.out / ("sealed-load-cold" if args.cold else "sealed-load")
+    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    largest = rows[-1]
+    stem.with_suffix(".svg").write_text(
+        bars(
+            f"Loading {largest['gib']:.2f} GiB into new and used parameters, GiB/s (median, 20th to 80th percentile)",
+            {f"{name}: {kind}": load["gib_s"] for kind in KINDS for name, load in largest["load"][kind].items()},
+        )
+    )
+    return stem
+
+
 def one_size(folder: Path, num_matrices: int, args: argparse.Namespace) -> dict[str, Any]:
     model = make(folder, num_matrices)
-    write_tensorized(model)
+    if has_tensorizer():
+        write_tensorized(model)
+    else:
+        print("tensorizer is not installed: no comparison with it (pip install tensorizer)")
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
     pem = model["signer"].public_key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
-    (folder / "facts.json").write_text(json.dumps({"signer": pem, "tensorizer_key": model["tensorizer_key"].hex()}))
+    (folder / "facts.json").write_text(
+        json.dumps({"signer": pem, "tensorizer_key": model.get("tensorizer_key", b"").hex()})
+    )
     gib = model["num_bytes"] / GIB
     loads = measure(model, args.rounds, args.threads, cold=args.cold)
-    baseline = statistics.median(loads["safetensors"])
-    row: dict[str, Any] = {"gib": gib, "load": {}, "seal": {}}
-    print(f"{gib:.2f} GiB, {'cold' if args.cold else 'warm'} page cache")
-    for name, seconds in loads.items():
-        # The ratio of each round's own baseline: neighbours disturb both of a round alike.
-        ratios = [plain / own for plain, own in zip(loads["safetensors"], seconds, strict=True)]
-        peak = peak_bytes(folder, name, num_matrices)
-        row["load"][name] = {
-            "seconds": seconds,
-            "gib_s": percentiles([gib / s for s in seconds]),
-            "times_safetensors": percentiles(ratios),
-            "peak_rss_bytes": peak,
-        }
-        print(
-            f"  {name:38} {gib / statistics.median(seconds):6.2f} GiB/s  {statistics.median(ratios):5.2f} x safetensors"
-            f"  peak {peak / 2**20:7.0f} MiB"
-        )
+    row: dict[str, Any] = {"gib": gib, "load": {kind: {} for kind in KINDS}, "peak_rss_bytes": {}, "seal": {}}
+    for kind in KINDS:
+        print(f"{gib:.2f} GiB into {kind} parameters, {'cold' if args.cold else 'warm'} page cache")
+        for name, seconds in loads[kind].items():
+            # The ratio of each round's own baseline: neighbours disturb both of a round alike.
+            ratios = [plain / own for plain, own in zip(loads[kind]["safetensors"], seconds, strict=True)]
+            row["load"][kind][name] = {
+                "seconds": seconds,
+                "gib_s": percentiles([gib / s for s in seconds]),
+                "times_safetensors": percentiles(ratios),
+            }
+            print(
+                f"  {name:38} {gib / statistics.median(seconds):6.2f} GiB/s  "
+                f"{statistics.median(ratios):5.2f} x safetensors"
+            )
+    for name in loads["new"]:
+        if name != READ_ONLY:
+            row["peak_rss_bytes"][name] = peak_bytes(folder, name, num_matrices)
+            print(f"  {name:38} peak {row['peak_rss_bytes'][name] / 2**20:7.0f} MiB")
     sealing = measure_seal(model, max(3, args.rounds // 3))
     for name, seconds in sealing.items():
         row["seal"][name] = {"seconds": seconds, "gib_s": percentiles([gib / s for s in seconds])}
         print(f"  {name:38} {gib / statistics.median(seconds):6.2f} GiB/s")
     row["seal_of_copy"] = statistics.median(sealing["copy + fsync + sha256"]) / statistics.median(sealing["seal"])
-    row["baseline_s"] = baseline
     return row
 
 
@@ -303,7 +344,7 @@ def percentiles(values: list[float]) -> list[float]:
 def setting(args: argparse.Namespace) -> dict[str, Any]:
     from importlib.metadata import version
 
-    names = ("torch", "safetensors", "cryptography", "tensorizer")
+    names = ["torch", "safetensors", "cryptography", *(["tensorizer"] if has_tensorizer() else [])]
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)

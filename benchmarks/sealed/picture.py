@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-ROW, LEFT, WIDTH = 34, 300, 520
+ROW, LEFT, WIDTH = 34, 340, 520
 
 
 def bars(title: str, rows: dict[str, list[float]]) -> str:

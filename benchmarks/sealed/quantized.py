@@ -1,7 +1,10 @@
-"""The embedded model sealed in full precision and by every method of `quantize`, each served from its seal by vLLM.
+"""The embedded model sealed in full precision and by every method of `quantize`, each served by the whole server.
 
-`python -m benchmarks.sealed.quantized`: size on disk, memory, tokens a second and perplexity on the standard library's
-own sources, one engine at a time.
+`python -m benchmarks.sealed.quantized` (`strongroom bench quantized`): for each method `strongroom serve` is started on
+the sealed model and asked over HTTP, through gateway, policy, template, guard and audit. Told are the size on disk, the
+worker's memory, tokens a second as a client sees them, and the engine's perplexity on the standard library's own
+sources. One server at a time; the results of several runs go into one file, so that `--measure speed` can be repeated
+on a quiet machine.
 """
 
 from __future__ import annotations
@@ -10,7 +13,8 @@ import argparse
 import json
 import math
 import os
-import socket
+import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -18,149 +22,204 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cryptography.hazmat.primitives.asymmetric import ec
+import httpx
 
+from benchmarks.gateway.kit import free_port, wait_until
 from benchmarks.sealed.load import setting
-from server.sealed.agent import KEY_FD_ENV, KeyAgent
+from server.bootstrap import KMS_KEY, SIGNING_KEY, prepare_folders, read_env
+from server.engine.local import engine_paths
+from server.sealed.embedded import MODEL_ID, load_embedded
 from server.sealed.kms.local import LocalKMS, create_key_file
 from server.sealed.quantize import METHODS, quantize_source
 from server.sealed.seal import seal_model
-from server.sealed.signature import LocalSigner, TrustedSigner
+from server.sealed.signature import LocalSigner, create_signing_key
 
+ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "Write a Python function that parses an INI file and returns a dictionary."
 STDLIB = ("heapq", "bisect", "textwrap", "shlex", "fnmatch", "colorsys", "statistics", "csv")
-WINDOW_TOKENS, MAX_WINDOWS, NUM_TOKENS = 512, 24, 96
+WINDOW_TOKENS, MAX_WINDOWS, NUM_TOKENS, NUM_ANSWERS = 512, 24, 96, 5
+METHOD_NAMES = ("bf16", *METHODS)
 
 
-def seal_embedded(folder: Path, method: str) -> dict[str, Any]:
-    """Seal the embedded model and return what an engine needs to load it."""
-    from server.sealed.embedded import load_embedded
-
-    create_key_file(folder / "key")
-    signer = LocalSigner(ec.generate_private_key(ec.SECP256R1()))
+def seal(state: Path, method: str) -> None:
+    """Seal the embedded model into a new state folder; run in a process of its own, whose memory goes with it."""
+    prepare_folders(state)
+    create_key_file(state / "keys" / KMS_KEY)
+    create_signing_key(state / "keys" / SIGNING_KEY)
     source = load_embedded()
-    started = time.perf_counter()
     seal_model(
         source if method == "bf16" else quantize_source(source, method),
-        folder / "model",
-        model_id="smollm2",
+        state / "models" / MODEL_ID,
+        model_id=MODEL_ID,
         version=1,
-        services=[LocalKMS(folder / "key")],
-        signer=signer,
+        services=[LocalKMS(state / "keys" / KMS_KEY)],
+        signer=LocalSigner.load(state / "keys" / SIGNING_KEY),
     )
-    seconds = time.perf_counter() - started
-    agent = KeyAgent(
-        services=[LocalKMS(folder / "key")],
-        trusted_signers=[TrustedSigner.of(signer.public_key)],
-        record=lambda _tag, **_fields: None,
-    )
-    release = agent.release(folder / "model")
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    agent.serve(ours, release)
-    os.environ[KEY_FD_ENV] = str(theirs.detach())
-    return {
-        "method": method,
-        "seal_s": seconds,
-        "bytes": sum(s.header.payload_bytes for s in release.model.weights),
-        "manifest_sha256": release.model.manifest_digest.hex(),
-    }
 
 
-def measure(folder: Path, method: str) -> dict[str, Any]:
-    """One method in this process."""
-    facts = seal_embedded(folder, method)
-    from vllm import LLM, SamplingParams
+class Server:
+    """`strongroom serve` on one state folder."""
 
-    extra = {"manifest_sha256": facts.pop("manifest_sha256")}
-    llm = LLM(
-        str(folder / "model"), load_format="strongroom", model_loader_extra_config=extra, enforce_eager=True,
-        max_model_len=1024, seed=0,
-    )  # fmt: skip
-    greedy = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
-    chat = [{"role": "user", "content": PROMPT}]
-    llm.chat(chat, greedy, use_tqdm=False)
-    speeds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        answer = llm.chat(chat, greedy, use_tqdm=False)[0].outputs[0]
-        speeds.append(len(answer.token_ids) / (time.perf_counter() - started))
-    facts |= {"tokens_s": sorted(speeds)[1], "answer": answer.text[:200], "worker_pss_bytes": largest_child_pss()}
-    return facts | {"perplexity": perplexity(llm)}
+    def __init__(self, state: Path) -> None:
+        self.state = state
+        port = free_port()
+        self.base = f"http://127.0.0.1:{port}"
+        self.log = state.parent / f"{state.name}.log"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "server.cli", "serve", "--config", str(ROOT / "configs" / "strongroom.yaml"),
+                 "--port", str(port), "--state", str(state), "--prepare-embedded"],
+                cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
+                env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
+            )  # fmt: skip
 
-
-def perplexity(llm: Any) -> float:
-    """Over windows of the standard library's sources."""
-    from vllm import SamplingParams
-
-    tokenizer = llm.get_tokenizer()
-    text = "".join(Path(__import__(name).__file__).read_text() for name in STDLIB)
-    ids = tokenizer.encode(text)
-    starts = range(0, len(ids) - WINDOW_TOKENS, WINDOW_TOKENS)[:MAX_WINDOWS]
-    prompts = [{"prompt_token_ids": ids[start : start + WINDOW_TOKENS]} for start in starts]
-    params = SamplingParams(max_tokens=1, prompt_logprobs=0)
-    total, count = 0.0, 0
-    for output in llm.generate(prompts, params, use_tqdm=False):
-        for token, scores in zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True):
-            total += scores[token].logprob
-            count += 1
-    return math.exp(-total / count)
-
-
-def largest_child_pss() -> int:
-    """Proportional memory of the biggest process below this one: the worker."""
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-    below = {os.getpid()}
-    while more := {pid for pid, parent in parents.items() if parent in below} - below:
-        below |= more
-    sizes = [0]
-    for pid in below:
+    def __enter__(self) -> Server:
         try:
-            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        except OSError:
-            continue
-        sizes += [int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")]
-    return max(sizes)
+            wait_until(self._ready, limit_s=400, pause_s=0.3)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        self.process.wait(120)
+
+    def _ready(self) -> bool:
+        if self.process.poll() is not None:
+            raise RuntimeError(f"the server did not start:\n{self.log.read_text()[-3000:]}")
+        try:
+            return httpx.get(f"{self.base}/readyz", timeout=5).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def answer(self) -> tuple[str, float]:
+        """Return a streamed answer and its tokens a second, from the first token to the last."""
+        body = {
+            "model": MODEL_ID, "messages": [{"role": "user", "content": PROMPT}], "max_tokens": NUM_TOKENS,
+            "temperature": 0, "stream": True, "stream_options": {"include_usage": True},
+        }  # fmt: skip
+        key = read_env(self.state / "client.env")["OPENAI_API_KEY"]
+        text, num_tokens, times = "", 0, []
+        with httpx.stream(
+            "POST", f"{self.base}/v1/chat/completions", json=body, timeout=120,
+            headers={"authorization": f"Bearer {key}"},
+        ) as response:  # fmt: skip
+            response.raise_for_status()
+            for line in response.iter_lines():
+                if not line.startswith("data: {"):
+                    continue
+                event = json.loads(line[6:])
+                num_tokens = (event.get("usage") or {}).get("completion_tokens", num_tokens)
+                for choice in event.get("choices", ()):
+                    if piece := choice["delta"].get("content"):
+                        text += piece
+                        times.append(time.perf_counter())
+        return text, (num_tokens - 1) / (times[-1] - times[0])
+
+    def perplexity(self) -> float:
+        """Over windows of the standard library's sources; asked of the engine itself, no route of ours tells logits."""
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(self.state / "models" / MODEL_ID / "tokenizer.json"))
+        text = "".join(Path(str(__import__(name).__file__)).read_text() for name in STDLIB)
+        ids = tokenizer.encode(text).ids
+        starts = range(0, len(ids) - WINDOW_TOKENS, WINDOW_TOKENS)[:MAX_WINDOWS]
+        transport = httpx.HTTPTransport(uds=str(engine_paths(self.state, MODEL_ID).socket))
+        total, count = 0.0, 0
+        with httpx.Client(transport=transport, base_url="http://engine", timeout=120) as client:
+            for start in starts:
+                window = ids[start : start + WINDOW_TOKENS]
+                body = {"model": MODEL_ID, "prompt": window, "max_tokens": 1, "prompt_logprobs": 0}
+                answer = client.post("/v1/completions", json=body)
+                answer.raise_for_status()
+                scores = answer.json()["choices"][0]["prompt_logprobs"]
+                for token, score in zip(window[1:], scores[1:], strict=True):
+                    total += score[str(token)]["logprob"]
+                    count += 1
+        return math.exp(-total / count)
+
+    def worker_bytes(self) -> int:
+        """Anonymous memory of the biggest process below the server: the engine's worker."""
+        parents, sizes = {}, {}
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    lines = (entry / "status").read_text().splitlines()
+                except OSError:
+                    continue
+                fields = dict(line.split(":", 1) for line in lines if ":" in line)
+                parents[int(entry.name)] = int(fields["PPid"])
+                sizes[int(entry.name)] = int(fields.get("RssAnon", "0 kB").split()[0]) * 1024
+        below = {self.process.pid}
+        while more := {pid for pid, parent in parents.items() if parent in below} - below:
+            below |= more
+        return max(sizes[pid] for pid in below)
+
+
+def measure(state: Path, what: list[str]) -> dict[str, Any]:
+    """One method, sealed already."""
+    shards = list((state / "models" / MODEL_ID).glob("model-*.sealed"))
+    row: dict[str, Any] = {"bytes": sum(path.stat().st_size for path in shards)}
+    with Server(state) as server:
+        answers = [server.answer() for _ in range(NUM_ANSWERS if "speed" in what else 1)]
+        row["answer"] = answers[-1][0][:160]
+        if "speed" in what:
+            # The first answer also warms caches.
+            row |= {"tokens_s": statistics.median(speed for _, speed in answers[1:]), "load": os.getloadavg()[0]}
+        if "perplexity" in what:
+            row["perplexity"] = server.perplexity()
+            row["worker_bytes"] = server.worker_bytes()
+    return row
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| method | size on disk, MB | worker's memory, MiB | tokens/s | perplexity |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name in (n for n in METHOD_NAMES if n in rows):
+        row = rows[name]
+        cells = [name, f"{row['bytes'] / 1e6:.1f}"]
+        cells.append(f"{row['worker_bytes'] / 2**20:.0f}" if "worker_bytes" in row else "")
+        cells.append(f"{row['tokens_s']:.1f}" if "tokens_s" in row else "")
+        cells.append(f"{row['perplexity']:.2f}" if "perplexity" in row else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure every method in a process of its own and print the table."""
+    """Seal what is missing, serve every method in turn, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", action="append", choices=("bf16", *METHODS))
+    parser.add_argument("--method", action="append", choices=METHOD_NAMES)
+    parser.add_argument("--measure", action="append", choices=("seal", "speed", "perplexity"), help="default: all")
+    parser.add_argument(
+        "--states", type=Path, help="where the sealed models are kept for another run (default: nowhere)"
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.set_defaults(rounds=3, threads=2, cold=False)
+    parser.add_argument("--seal", metavar="METHOD", help=argparse.SUPPRESS)
+    parser.set_defaults(rounds=NUM_ANSWERS, threads=os.cpu_count(), cold=False)
     args = parser.parse_args(argv)
-    if args.child:
-        with tempfile.TemporaryDirectory() as scratch:
-            print("RESULT " + json.dumps(measure(Path(scratch), args.child)), flush=True)
+    if args.seal:
+        seal(args.states / args.seal, args.seal)
         return 0
-    rows = []
-    for method in args.method or ("bf16", *METHODS):
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.sealed.quantized", "--child", method],
-            capture_output=True, text=True, check=False,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"},
-        )  # fmt: skip
-        found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-        if not found:
-            print(f"{method} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}", file=sys.stderr)
-            return 1
-        row = json.loads(found[0][7:])
-        rows.append(row)
-        print(
-            f"{method:9} {row['bytes'] / 1e6:7.1f} MB  worker {row['worker_pss_bytes'] / 2**20:6.0f} MiB  "
-            f"{row['tokens_s']:5.1f} tokens/s  perplexity {row['perplexity']:.3f}",
-            flush=True,
-        )
-    args.out.mkdir(parents=True, exist_ok=True)
-    result = {"setting": setting(args), "rows": rows}
-    (args.out / "sealed-quantized.json").write_text(json.dumps(result, indent=1) + "\n")
+    what = args.measure or ["seal", "speed", "perplexity"]
+    path = args.out / "sealed-quantized.json"
+    rows: dict[str, dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else {}
+    with tempfile.TemporaryDirectory() as scratch:
+        states = args.states or Path(scratch)
+        for method in args.method or METHOD_NAMES:
+            if not (states / method / "models" / MODEL_ID).exists():
+                command = [sys.executable, "-m", "benchmarks.sealed.quantized", "--seal", method]
+                subprocess.run([*command, "--states", str(states)], check=True, cwd=ROOT)
+            if {"speed", "perplexity"} & set(what):
+                rows[method] = rows.get(method, {}) | measure(states / method, what)
+                args.out.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps({"setting": setting(args), "rows": rows}, indent=1) + "\n")
+                print(f"{method}: {rows[method]}", flush=True)
+    print(table(rows))
     return 0
 
 
