@@ -15,6 +15,7 @@ from server.api.exchange import read_client, read_credentials
 from server.api.public import MODEL_ROUTES, install_error_handlers, json_response
 from server.errors import PermissionDeniedError, RequestError
 from server.pipeline import canonical
+from server.policy.permissions import Permission
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -37,6 +38,7 @@ class AdminDeps:
     guard: Guard
     listener: ListenerSettings
     metrics: Callable[[], Awaitable[bytes]]
+    tenant_metrics: Callable[[str], bytes]
     ready: Callable[[], dict[str, Any]]
     routers: tuple[APIRouter, ...] = ()
 
@@ -48,10 +50,13 @@ def build_admin(deps: AdminDeps) -> ASGIApp:
     formats = dict(MODEL_ROUTES)
 
     async def metrics(request: Request) -> Response:
-        await deps.access.admit(
-            read_credentials(request.scope), read_client(request.scope), "/metrics", "admin:metrics:read"
-        )
-        return Response(await deps.metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        client = read_client(request.scope)
+        caller = await deps.access.admit(read_credentials(request.scope), client, "/metrics", Permission.METRICS)
+        if deps.access.sees_all_tenants(caller, client):
+            text = await deps.metrics()
+        else:
+            text = deps.tenant_metrics(caller.tenant)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def render(request: Request) -> Response:
         client = read_client(request.scope)
@@ -92,6 +97,7 @@ def build_admin(deps: AdminDeps) -> ASGIApp:
             {
                 "text": prompt.text,
                 "token_ids": prompt.token_ids,
+                "inputs": prompt.inputs,
                 "template": {
                     "id": prompt.template.id,
                     "version": prompt.template.version,

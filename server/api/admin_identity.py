@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -14,14 +14,17 @@ from server.api.body import Body, parse_json_object
 from server.api.exchange import read_client, read_credentials
 from server.api.public import json_response
 from server.auth.key_admin import KeyAdmin, KeySpec, describe_key
-from server.errors import ConfigError, NotFoundError, PermissionDeniedError, RequestError
+from server.errors import ConfigError, NotFoundError, RequestError
 from server.policy.cases import evaluate, parse_question
 from server.policy.permissions import Permission, covers, parse_scope
 from server.store.incidents import Incident, Quarantined, lift_incident, list_incidents, open_incident
+from server.store.keys import get_key
 from server.store.usage_report import parse_day_s, report_usage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Collection, Coroutine
+
+    from sqlalchemy import Connection
 
     from server.api.access import Access
     from server.auth.pepper import Pepper
@@ -50,6 +53,8 @@ class IdentityDeps:
         watch: Told after a change, so that this replica follows at once and not within a second.
         record: Puts an act on the audit log, durable on return.
         listener: Limits of bodies.
+        model_id: A model's own id by any of its names; None for one that is not served.
+        templates: The ids of the templates in force.
     """
 
     access: Access
@@ -59,6 +64,8 @@ class IdentityDeps:
     watch: StoreWatch
     record: Callable[..., Coroutine[Any, Any, Any]]
     listener: ListenerSettings
+    model_id: Callable[[str], str | None]
+    templates: Callable[[], Collection[str]]
 
 
 def identity_router(deps: IdentityDeps) -> APIRouter:
@@ -92,7 +99,7 @@ class _Routes:
         tenant = request.query_params.get("tenant")
         if not sees_all:
             if tenant not in (None, caller.tenant):
-                raise PermissionDeniedError("You see the keys of your own tenant only.")
+                await self._refuse(request, caller, Permission.KEY_READ, "You see the keys of your own tenant only.")
             tenant = caller.tenant
         rows = await asyncio.to_thread(self._keys(caller).list, tenant=tenant)
         return json_response({"keys": [describe_key(row, self._deps.store.clock()) for row in rows]})
@@ -107,9 +114,9 @@ class _Routes:
         fields = await self._read(request, {"subject", "tenant", "groups", "scopes", "expires_in_s", "note"})
         spec = self._parse_spec(fields, caller)
         if spec.tenant != caller.tenant and not sees_all:
-            raise PermissionDeniedError("You make keys for your own tenant only.")
-        if not sees_all:
-            _refuse_more_rights(caller, spec.groups, spec.scopes)
+            await self._refuse(request, caller, Permission.KEY_CREATE, "You make keys for your own tenant only.")
+        if not sees_all and (reason := _more_rights(caller, spec.groups, spec.scopes)):
+            await self._refuse(request, caller, Permission.KEY_CREATE, reason)
         row, text = await self._act(self._keys(caller).create, spec)
         return json_response(describe_key(row, self._deps.store.clock()) | {"key": text.reveal()}, 201)
 
@@ -120,8 +127,9 @@ class _Routes:
         if isinstance(overlap_s, bool) or not isinstance(overlap_s, (int, float)) or not 0 <= overlap_s <= 90 * DAY_S:
             raise RequestError("'overlap_s' must be a number of seconds, at most 90 days.", param="overlap_s")
         old = await self._find_key(caller, request.path_params["key_id"], sees_all=sees_all)
-        if not sees_all:  # the answer holds the successor's text: whoever reads it can be whom it stands for
-            _refuse_more_rights(caller, old.groups, old.scopes)
+        # The answer holds the successor's text: whoever reads it can be whom it stands for.
+        if not sees_all and (reason := _more_rights(caller, old.groups, old.scopes)):
+            await self._refuse(request, caller, Permission.KEY_CREATE, reason)
         row, text = await self._act(self._keys(caller).rotate, old.id, overlap_s=float(overlap_s))
         return json_response(describe_key(row, self._deps.store.clock()) | {"key": text.reveal()}, 201)
 
@@ -136,7 +144,7 @@ class _Routes:
 
     async def show_policy(self, request: Request) -> Response:
         await self._admit(request, Permission.POLICY_READ)
-        policies = self._deps.policy.policies
+        policies = self._deps.policy.current
         told = [
             {
                 "policy": rule.id,
@@ -152,7 +160,7 @@ class _Routes:
     async def reload_policy(self, request: Request) -> Response:
         caller, _sees_all = await self._admit(request, Permission.POLICY_RELOAD)
         fresh = await asyncio.to_thread(self._deps.policy.read_next)
-        before = self._deps.policy.policies.digest
+        before = self._deps.policy.current.digest
         await self._deps.record("admin:policy:changed", **_by(caller), before=before, after=fresh.digest)
         self._deps.policy.adopt(fresh)
         return json_response({"before": before, "after": fresh.digest})
@@ -164,7 +172,7 @@ class _Routes:
             question = parse_question(fields, "question")
         except ConfigError as error:
             raise RequestError(str(error)) from error
-        decision = await asyncio.to_thread(evaluate, self._deps.policy.policies, question)
+        decision = await asyncio.to_thread(evaluate, self._deps.policy.current, question)
         return json_response(
             {
                 "allowed": decision.allowed,
@@ -187,12 +195,13 @@ class _Routes:
         return json_response({"usage": rows})
 
     async def incidents(self, request: Request) -> Response:
-        await self._admit(request, Permission.INCIDENT_READ)
-        found = await asyncio.to_thread(self._list_incidents, with_lifted=request.query_params.get("all") == "true")
+        caller, sees_all = await self._admit(request, Permission.INCIDENT_READ)
+        with_lifted = request.query_params.get("all") == "true"
+        found = await asyncio.to_thread(self._list_incidents, None if sees_all else caller, with_lifted=with_lifted)
         return json_response({"incidents": [_describe(one) for one in found]})
 
     async def open_incident(self, request: Request) -> Response:
-        caller, _sees_all = await self._admit(request, Permission.INCIDENT_OPEN)
+        caller, sees_all = await self._admit(request, Permission.INCIDENT_OPEN)
         fields = await self._read(request, {"kind", "target", "reason"})
         kinds = ", ".join(Quarantined)
         if fields.get("kind") not in list(Quarantined):
@@ -201,6 +210,10 @@ class _Routes:
         if not 1 <= len(target) <= MAX_TARGET_CHARS:
             raise RequestError("'target' must name what is quarantined; a subject as tenant/subject.", param="target")
         kind, reason = Quarantined(fields["kind"]), _text(fields, "reason", "no reason given")
+        if not sees_all and not await asyncio.to_thread(self._may_quarantine, caller, kind, target):
+            reason = "You quarantine keys and subjects of your own tenant only, or all of it."
+            await self._refuse(request, caller, Permission.INCIDENT_OPEN, reason)
+        target = await asyncio.to_thread(self._find_target, kind, target)
         record = self._recorder(caller)
 
         def act() -> Incident:
@@ -214,11 +227,15 @@ class _Routes:
         return json_response(_describe(await self._act(act)), 201)
 
     async def lift_incident(self, request: Request) -> Response:
-        caller, _sees_all = await self._admit(request, Permission.INCIDENT_LIFT)
+        caller, sees_all = await self._admit(request, Permission.INCIDENT_LIFT)
         await self._read(request, set())
         number = request.path_params["incident_id"]
         if not (number.isascii() and number.isdigit() and len(number) < 16):
             raise NotFoundError("There is no incident of this number.")
+        if not sees_all:
+            own = await asyncio.to_thread(self._list_incidents, caller, with_lifted=True)
+            if int(number) not in {one.id for one in own}:
+                raise NotFoundError("There is no incident of this number.")
         record = self._recorder(caller)
 
         def act() -> Incident:
@@ -235,7 +252,11 @@ class _Routes:
         caller = await self._deps.access.admit(
             read_credentials(request.scope), client, request.scope["path"], permission
         )
-        return caller, self._deps.policy.decide(caller, Permission.TENANTS, None, client).allowed
+        return caller, self._deps.access.sees_all_tenants(caller, client)
+
+    async def _refuse(self, request: Request, caller: Principal, permission: Permission, reason: str) -> NoReturn:
+        client = read_client(request.scope)
+        await self._deps.access.refuse(caller, permission, client, request.scope["path"], reason)
 
     async def _read(self, request: Request, known: set[str] | None) -> dict[str, Any]:
         listener = self._deps.listener
@@ -265,9 +286,36 @@ class _Routes:
             raise NotFoundError("There is no key of this id; see 'strongroom keys list'.")
         return row
 
-    def _list_incidents(self, *, with_lifted: bool) -> list[Incident]:
+    def _list_incidents(self, caller: Principal | None, *, with_lifted: bool) -> list[Incident]:
+        """Return the incidents that concern the caller's tenant alone; all of them for None."""
         with self._deps.store.read() as connection:
-            return list_incidents(connection, with_lifted=with_lifted)
+            found = list_incidents(connection, with_lifted=with_lifted)
+            return [one for one in found if caller is None or _is_own(connection, caller, one.kind, one.target)]
+
+    def _find_target(self, kind: Quarantined, target: str) -> str:
+        """Return what the switch must hold: a name that nothing goes by would take nothing out of service.
+
+        Raises:
+            NotFoundError: There is no such model, template or key.
+            RequestError: A subject without its tenant.
+        """
+        if kind is Quarantined.MODEL:
+            model = self._deps.model_id(target)
+            if model is None:
+                raise NotFoundError("No model of this name is served; GET /v1/models lists them.")
+            return model
+        if kind is Quarantined.TEMPLATE and target not in self._deps.templates():
+            raise NotFoundError("There is no template of this id; see 'strongroom template list'.")
+        if kind is Quarantined.KEY and ":" not in target:  # tokens' and certificates' ids have one, and no row
+            with self._deps.store.read() as connection:
+                get_key(connection, target)
+        if kind is Quarantined.SUBJECT and not all(target.partition("/")[::2]):
+            raise RequestError("A subject is named tenant/subject.", param="target")
+        return target
+
+    def _may_quarantine(self, caller: Principal, kind: Quarantined, target: str) -> bool:
+        with self._deps.store.read() as connection:
+            return _is_own(connection, caller, kind, target)
 
     def _parse_spec(self, fields: dict[str, Any], caller: Principal) -> KeySpec:
         expires_in_s = fields.get("expires_in_s")
@@ -296,17 +344,33 @@ class _Routes:
         return record
 
 
-def _refuse_more_rights(caller: Principal, groups: frozenset[str], scopes: frozenset[str]) -> None:
-    """Refuse a key that can do more than the caller's own; whoever manages all tenants may hand out any.
+def _more_rights(caller: Principal, groups: frozenset[str], scopes: frozenset[str]) -> str | None:
+    """Return why a key would be able to do more than the caller's own; None where it would not.
 
-    Raises:
-        PermissionDeniedError: It has a group that the caller is not in, or a scope that the caller's don't reach.
+    Whoever manages all tenants may hand out any.
     """
     if extra := groups - caller.groups:
-        raise PermissionDeniedError(f"You give only groups that you are in yourself, not {min(extra)}.")
+        return f"You give only groups that you are in yourself, not {min(extra)}."
     for permission in Permission:
         if covers(scopes, permission) and not covers(caller.scopes, permission):
-            raise PermissionDeniedError(f"You give only scopes that you have yourself, not {permission}.")
+            return f"You give only scopes that you have yourself, not {permission}."
+    return None
+
+
+def _is_own(connection: Connection, caller: Principal, kind: Quarantined, target: str) -> bool:
+    """Whether what is quarantined is the caller's tenant or belongs to it; models and templates serve everybody."""
+    match kind:
+        case Quarantined.TENANT:
+            return target == caller.tenant
+        case Quarantined.SUBJECT:
+            return target.partition("/")[0] == caller.tenant
+        case Quarantined.KEY:
+            try:
+                return get_key(connection, target).tenant == caller.tenant
+            except NotFoundError:
+                return False
+        case _:
+            return False
 
 
 def _by(caller: Principal) -> dict[str, str]:

@@ -13,6 +13,8 @@ from server.errors import PayloadTooLargeError, RequestError, RequestTimeoutErro
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope
 
+    from server.api.protocol import Peer
+
 MAX_DEPTH = 64
 """Deepest nesting accepted; tool schemas of real agents stay below 20."""
 
@@ -32,6 +34,7 @@ class Body:
 
     def __init__(self, scope: Scope, receive: Receive, *, max_bytes: int, timeout_s: float) -> None:
         self._scope = scope
+        self._peer: Peer | None = scope.get("peer")  # only our own listeners say it
         self._receive = receive
         self._max_bytes = max_bytes
         self._timeout_s = timeout_s
@@ -47,6 +50,11 @@ class Body:
             ClientDisconnectedError: The client left.
         """
         self._check_headers()
+        # Nearly always; a time-out for what can't wait costs more than reading it.
+        if self._peer is not None and self._peer.has_sent_body:
+            piece = await self._next()
+            self._check_size(len(piece))
+            return piece
         pieces = []
         size = 0
         try:

@@ -9,7 +9,7 @@ import orjson
 
 from server.api import fields
 from server.api.schemas import check_schema
-from server.api.wire import assemble, findings_of
+from server.api.wire import ToolCalls, assemble, findings_of
 from server.errors import RequestError
 from server.types import Chat, ModelRequest, WireFormat
 
@@ -37,9 +37,6 @@ class ChatFormat:
         """
         fields.refuse(body)
         sampling = fields.sampling(body)
-        bias = fields.logit_bias(body)
-        if bias is not None:
-            sampling["logit_bias"] = bias
         if fields.flag(body, "logprobs"):
             sampling["logprobs"] = True
             sampling["top_logprobs"] = fields.integer(body, "top_logprobs", low=0, high=fields.MAX_TOP_LOGPROBS) or 0
@@ -81,8 +78,9 @@ class ChatReply:
         self._head = b"data: " + orjson.dumps(head)[:-1] + b',"choices":['
         self._text = self._head + b'{"index":0,"delta":{"content":'
         self._begun: set[int] = set()
+        self._calls = ToolCalls()
 
-    def begin(self) -> bytes:
+    def begin(self, prompt_tokens: int) -> bytes:
         """Return the opening chunk, which carries the role."""
         self._begun.add(0)
         return self._event(0, {"role": "assistant", "content": ""})
@@ -156,7 +154,7 @@ class ChatReply:
         if delta.reasoning:
             content["reasoning_content"] = delta.reasoning
         if delta.tool_calls:
-            content["tool_calls"] = delta.tool_calls
+            content["tool_calls"] = self._calls.pieces(delta.index, delta.tool_calls)
         return self._event(delta.index, content, delta.finish_reason, delta.logprobs)
 
     def _event(

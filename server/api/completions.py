@@ -30,9 +30,6 @@ class CompletionFormat:
         """
         fields.refuse(body)
         sampling = fields.sampling(body)
-        bias = fields.logit_bias(body)
-        if bias is not None:
-            sampling["logit_bias"] = bias
         best_of = fields.integer(body, "best_of", low=1, high=fields.MAX_CHOICES)
         if best_of is not None and best_of != sampling.get("n", 1):
             raise fields.wrong("best_of", "left out, or equal to n")
@@ -67,7 +64,7 @@ class CompletionReply:
         self._head = b"data: " + orjson.dumps(self._object)[:-1] + b',"choices":['
         self._text = self._head + b'{"index":0,"text":'
 
-    def begin(self) -> bytes:
+    def begin(self, prompt_tokens: int) -> bytes:
         """Return nothing: this format opens with its first text."""
         return b""
 

@@ -37,6 +37,7 @@ class EmbeddingFormat:
             raise fields.wrong("encoding_format", "float or base64")
         if fields.flag(body, "stream"):
             raise fields.wrong("stream", "left out: embeddings are not streamed")
+        bias = fields.logit_bias(body)  # it changes nothing here, but a control token in it is refused as everywhere
         return ModelRequest(
             wire_format=self.wire_format,
             model=fields.model_name(body),
@@ -44,7 +45,7 @@ class EmbeddingFormat:
                 inputs=_parse_input(body.get("input")),
                 dimensions=fields.integer(body, "dimensions", low=1, high=16384),
             ),
-            sampling={"encoding_format": encoding or "float"},
+            sampling={"encoding_format": encoding or "float"} | ({"logit_bias": bias} if bias else {}),
         )
 
     def reply(self, request: ModelRequest, request_id: str, created_s: int) -> EmbeddingReply:
@@ -63,7 +64,7 @@ class EmbeddingReply:
         self._request = request
         self._base64 = request.sampling.get("encoding_format") == "base64"
 
-    def begin(self) -> bytes:
+    def begin(self, prompt_tokens: int) -> bytes:
         """Return nothing: there is no stream."""
         return b""
 

@@ -7,7 +7,7 @@ import contextlib
 import time
 from contextlib import aclosing
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from starlette.responses import Response
 from typing_extensions import override
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
     from server.api.problems import Problem
+    from server.api.protocol import Peer
     from server.api.wire import Format, Reply
     from server.obs.metrics import Metrics
     from server.pipeline import Pipeline
@@ -84,6 +85,22 @@ def read_client(scope: Scope) -> Client:
     return Client(address=peer[0] if peer else "local", user_agent=agent[:256].decode("latin-1"))
 
 
+class Keeper(Protocol):
+    """Keeps answers for later requests; what it raises ends the exchange as any other error does."""
+
+    async def resume(self, request: ModelRequest, call: Call) -> ModelRequest:
+        """Return the request with the conversation that it follows."""
+        ...
+
+    def begin(self, reply: Reply, call: Call) -> None:
+        """Tell the reply, before its first byte, whether it will be kept."""
+        ...
+
+    async def keep(self, reply: Reply, call: Call) -> None:
+        """Keep the whole answer, before the bytes that say so are sent."""
+        ...
+
+
 class Traffic:
     """The exchanges that run now, so that a stop can wait for them and then end them with a word.
 
@@ -121,18 +138,19 @@ class Exchange(Response):
         fmt: The wire format.
         route: The route's path template, as it stands in the audit record and the metrics.
         traffic: The pipeline, limits and metrics, and where this exchange is known while it runs.
+        keeper: Keeps answers that a later request may go on from; None where the format knows no such thing.
     """
 
-    def __init__(self, fmt: Format, route: str, traffic: Traffic) -> None:
+    def __init__(self, fmt: Format, route: str, traffic: Traffic, keeper: Keeper | None = None) -> None:
         self.background = None
         self.status_code = 200
         self._format = fmt
         self._route = route
         self._traffic = traffic
+        self._keeper = keeper
         self._pipeline = traffic.pipeline
         self._limits = traffic.limits
         self._metrics = traffic.metrics
-        self._watch: asyncio.Task[None] | None = None
         self._task: asyncio.Task[object] | None = None
         self._reply: Reply | None = None
         self._client_left = False
@@ -149,18 +167,24 @@ class Exchange(Response):
         """Serve one exchange."""
         started_s = time.perf_counter()
         request_id = RequestId(scope["request_id"])
+        peer: Peer = scope["peer"]
         body = Body(scope, receive, max_bytes=self._limits.max_body_bytes, timeout_s=self._limits.body_timeout_s)
 
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - ASGI servers run each request in a task
 
         async def read() -> ModelRequest:
-            data = await body.read()
-            # From here on nobody reads the socket but this watch, which sees the client leave.
-            self._watch = asyncio.get_running_loop().create_task(self._watch_client(receive, task))
+            try:
+                data = await body.read()
+            except ClientDisconnectedError:  # as one who leaves later, whom `_leave` hears of
+                self._client_left = True
+                raise asyncio.CancelledError from None
+            peer.watch(self._leave)
             request = self._format.parse(parse_json_object(data))
             data_class = read_data_class(scope)
-            return request if data_class is None else replace(request, classification=data_class)
+            if data_class is not None:
+                request = replace(request, classification=data_class)
+            return request if self._keeper is None else await self._keeper.resume(request, call)
 
         call = Call(
             request_id,
@@ -171,7 +195,7 @@ class Exchange(Response):
             read_client(scope),
             read,
         )
-        writer = _Writer(send, self._limits.write_timeout_s)
+        writer = _Writer(send, peer, self._limits.write_timeout_s)
         self._task = task
         self._traffic.running.add(self)
         try:
@@ -181,15 +205,20 @@ class Exchange(Response):
                 first = await anext(answer)
                 assert call.request is not None  # noqa: S101 - set before the first list
                 reply = self._reply = self._format.reply(call.request, request_id, int(time.time()))
-                self._metrics.first_token(call.request.model, time.perf_counter() - started_s)
+                if self._keeper is not None:
+                    self._keeper.begin(reply, call)
+                self._metrics.first_token(call, time.perf_counter() - started_s)
                 if call.request.stream:
                     await self._stream(answer, first, reply, call, writer)
                 else:
                     deltas = list(first)
                     async for batch in answer:
                         deltas += batch
-                    await writer.whole(200, reply.whole(deltas, call.outcome), call.headers)
-        except (ClientDisconnectedError, _ClientTooSlowError):
+                    data = reply.whole(deltas, call.outcome)
+                    if self._keeper is not None:
+                        await self._keeper.keep(reply, call)
+                    await writer.whole(200, data, call.headers)
+        except _ClientTooSlowError:
             call.outcome.status = "aborted"
         except asyncio.CancelledError:
             if self._ended:
@@ -206,31 +235,32 @@ class Exchange(Response):
             await self._fail(problem, request_id, call, body, writer)
         finally:
             self._traffic.running.discard(self)
-            if self._watch is not None:
-                self._watch.cancel()
+            peer.watch(None)
             self._metrics.finished(call, writer.status, time.perf_counter() - started_s)
 
-    async def _watch_client(self, receive: Receive, task: asyncio.Task[object]) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
+    def _leave(self) -> None:
         self._client_left = True
-        task.cancel()
+        if self._task is not None:
+            self._task.cancel()
 
     async def _stream(
         self, answer: AsyncGenerator[list[Delta], None], first: list[Delta], reply: Reply, call: Call, writer: _Writer
     ) -> None:
         await writer.start_stream(call.headers)
-        pending = reply.begin()
+        pending = reply.begin(call.prompt_tokens)
         heartbeat = _Heartbeat(writer, reply.heartbeat(), self._limits.heartbeat_s)
         batch = first
         try:
-            while call.outcome.status != "completed":
+            while not call.is_whole:
                 await writer.write(pending + reply.events(batch))
                 pending = b""
                 batch = await anext(answer)
         finally:
             heartbeat.stop()
-        await writer.write(pending + reply.end(batch, call.outcome), last=True)
+        pending += reply.end(batch, call.outcome)
+        if self._keeper is not None:
+            await self._keeper.keep(reply, call)
+        await writer.write(pending, last=True)
 
     async def _fail(self, problem: Problem, request_id: str, call: Call, body: Body, writer: _Writer) -> None:
         call.outcome.error_code = problem.code
@@ -254,8 +284,9 @@ class _ClientTooSlowError(Exception):
 class _Writer:
     """Writes to the client, never waiting longer than `timeout_s` for it to read."""
 
-    def __init__(self, send: Send, timeout_s: float) -> None:
+    def __init__(self, send: Send, peer: Peer, timeout_s: float) -> None:
         self._send = send
+        self._peer = peer
         self._timeout_s = timeout_s
         self.status = 0
         self.last_write_s = time.monotonic()
@@ -263,6 +294,7 @@ class _Writer:
     async def whole(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         """Send a plain body."""
         self.status = status
+        self._peer.hold_head()
         await self._send(
             {
                 "type": "http.response.start",
@@ -277,8 +309,9 @@ class _Writer:
         await self.write(body, last=True)
 
     async def start_stream(self, headers: dict[str, str]) -> None:
-        """Send the head of an event stream."""
+        """Send the head of an event stream; it leaves with the first event."""
         self.status = 200
+        self._peer.hold_head()
         await self._send(
             {
                 "type": "http.response.start",
@@ -294,6 +327,9 @@ class _Writer:
     async def write(self, data: bytes, *, last: bool = False) -> None:
         """Send a piece of the body."""
         self.last_write_s = time.monotonic()
+        if self._peer.is_reading:
+            await self._send({"type": "http.response.body", "body": data, "more_body": not last})
+            return
         try:
             async with asyncio.timeout(self._timeout_s):
                 await self._send({"type": "http.response.body", "body": data, "more_body": not last})

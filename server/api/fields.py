@@ -94,7 +94,7 @@ def stop_strings(body: dict[str, Any], name: str = "stop") -> list[str]:
 
 
 def sampling(body: dict[str, Any]) -> dict[str, Any]:
-    """Return the sampling fields that OpenAI's chat and completions share, checked, ready for the engine."""
+    """Return the sampling fields that the wire formats share, checked, ready for the engine."""
     found: dict[str, Any] = {
         "temperature": number(body, "temperature", low=0, high=2),
         "top_p": number(body, "top_p", low=0, high=1),
@@ -110,6 +110,7 @@ def sampling(body: dict[str, Any]) -> dict[str, Any]:
         found["top_p"] = 1e-6  # OpenAI takes 0 for "the likeliest"; vLLM wants more than 0
     if found["top_k"] == 0:
         found["top_k"] = -1
+    found["logit_bias"] = logit_bias(body)
     stop = stop_strings(body)
     if stop:
         found["stop"] = stop
@@ -119,7 +120,7 @@ def sampling(body: dict[str, Any]) -> dict[str, Any]:
 def logit_bias(body: dict[str, Any]) -> dict[str, float] | None:
     """Return `logit_bias` as token id to bias."""
     value = body.get("logit_bias")
-    if value is None or value == {}:
+    if value is None or value in ({}, []):
         return None
     if not isinstance(value, dict) or len(value) > MAX_LOGIT_BIAS:
         raise wrong("logit_bias", f"an object of at most {MAX_LOGIT_BIAS} token ids")

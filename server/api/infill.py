@@ -40,7 +40,9 @@ class InfillFormat:
                 prompt=_extra(body.get("input_extra")) + prefix + _string(body, "prompt"),
                 suffix=_string(body, "input_suffix"),
             ),
-            sampling=fields.sampling({name: body.get(name) for name in ("temperature", "top_p", "seed", "stop")}),
+            sampling=fields.sampling(
+                {name: body.get(name) for name in ("temperature", "top_p", "seed", "stop", "logit_bias")}
+            ),
             max_tokens=_n_predict(body),
             stream=fields.flag(body, "stream"),
         )
@@ -60,7 +62,7 @@ class InfillReply:
     def __init__(self, request: ModelRequest) -> None:
         self._request = request
 
-    def begin(self) -> bytes:
+    def begin(self, prompt_tokens: int) -> bytes:
         """Return nothing: this format opens with its first text."""
         return b""
 
@@ -88,12 +90,14 @@ class InfillReply:
 
     def _body(self, text: str, outcome: Outcome) -> bytes:
         limit = outcome.finish_reasons.get(0) == "length"
+        word = outcome.stops.get(0, "")
         body: dict[str, Any] = {
             "index": 0,
             "content": text,
             "stop": True,
             "model": self._request.model,
-            "stop_type": "limit" if limit else "eos",
+            "stop_type": "limit" if limit else "word" if word else "eos",
+            "stopping_word": word,
             "tokens_predicted": outcome.usage.completion_tokens,
             "tokens_evaluated": outcome.usage.prompt_tokens,
             "truncated": False,

@@ -9,7 +9,7 @@ import orjson
 
 from server.api import fields
 from server.api.chat import parse_function
-from server.api.wire import assemble, findings_of
+from server.api.wire import assemble, findings_of, new_call_id
 from server.errors import RequestError
 from server.types import Chat, ModelRequest, WireFormat
 
@@ -41,7 +41,7 @@ class MessageFormat:
 
     def _parse(self, body: dict[str, Any], max_tokens: int | None) -> ModelRequest:
         fields.refuse(body)
-        common = {name: body.get(name) for name in ("temperature", "top_p", "top_k", "seed")}
+        common = {name: body.get(name) for name in ("temperature", "top_p", "top_k", "seed", "logit_bias")}
         sampling = fields.sampling({**common, "stop": body.get("stop_sequences")})
         tools = _parse_tools(body.get("tools"))
         choice, parallel = _parse_tool_choice(body.get("tool_choice"), tools)
@@ -76,9 +76,10 @@ class MessageReply:
         self._id = reply_id
         self._block = -1
         self._open: tuple[str, int] | None = None
+        self._called = False
 
-    def begin(self) -> bytes:
-        """Return `message_start`."""
+    def begin(self, prompt_tokens: int) -> bytes:
+        """Return `message_start`, with the size of the prompt, which some clients read nowhere else."""
         message: dict[str, Any] = {
             "id": self._id,
             "type": "message",
@@ -87,7 +88,7 @@ class MessageReply:
             "content": [],
             "stop_reason": None,
             "stop_sequence": None,
-            "usage": {"input_tokens": 0, "output_tokens": 0},
+            "usage": {"input_tokens": prompt_tokens, "output_tokens": 0},
         }
         return _event("message_start", {"type": "message_start", "message": message})
 
@@ -118,10 +119,7 @@ class MessageReply:
         pieces.append(self._close())
         change: dict[str, Any] = {
             "type": "message_delta",
-            "delta": {
-                "stop_reason": _STOP_REASONS.get(outcome.finish_reasons.get(0, "stop"), "end_turn"),
-                "stop_sequence": None,
-            },
+            "delta": self._stopped(outcome, called=self._called),
             "usage": _usage(outcome),
         }
         if outcome.scan is not None:
@@ -162,22 +160,31 @@ class MessageReply:
             "role": "assistant",
             "model": self._request.model,
             "content": content,
-            "stop_reason": _STOP_REASONS.get(choice.finish_reason, "end_turn"),
-            "stop_sequence": None,
+            **self._stopped(outcome, called=bool(choice.tool_calls)),
             "usage": _usage(outcome),
         }
         if outcome.scan is not None:
             body["strongroom"] = {"scan": outcome.scan.state, "findings": findings_of(outcome)}
         return orjson.dumps(body)
 
+    def _stopped(self, outcome: Outcome, *, called: bool) -> dict[str, Any]:
+        """Return why the answer ended. Of a forced tool the engine says `stop`, and callers wait for `tool_use`."""
+        finished = outcome.finish_reasons.get(0, "stop")
+        stop = outcome.stops.get(0)
+        if finished == "stop" and stop in self._request.sampling.get("stop", ()):
+            return {"stop_reason": "stop_sequence", "stop_sequence": stop}
+        reason = "tool_calls" if called and finished == "stop" else finished
+        return {"stop_reason": _STOP_REASONS.get(reason, "end_turn"), "stop_sequence": None}
+
     def _tool(self, piece: dict[str, Any]) -> bytes:
+        self._called = True
         function = piece.get("function") or {}
         index = piece.get("index", 0)
         opened = b""
         if self._open != ("tool_use", index):
             block: dict[str, Any] = {
                 "type": "tool_use",
-                "id": piece.get("id") or f"toolu_{index}",
+                "id": piece.get("id") or new_call_id(),
                 "name": function.get("name") or "",
                 "input": {},
             }
@@ -361,6 +368,7 @@ def _parse_tool_choice(value: Any, tools: tuple[dict[str, Any], ...]) -> tuple[s
     if kind == "any":
         return "required", parallel
     names = {tool["function"]["name"] for tool in tools}
-    if kind != "tool" or value.get("name") not in names:
+    name = value.get("name") if kind == "tool" else None
+    if not isinstance(name, str) or name not in names:
         raise fields.wrong("tool_choice", "auto, any, none, or a tool among the tools")
-    return {"type": "function", "function": {"name": value["name"]}}, parallel
+    return {"type": "function", "function": {"name": name}}, parallel

@@ -33,6 +33,7 @@ def anthropic_model(name: str, model: ServedModel) -> dict[str, Any]:
         "id": name,
         "display_name": name,
         "created_at": created,
+        "lifecycle": "active",
         "max_input_tokens": model.engine.max_model_len,
     }
 

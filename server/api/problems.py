@@ -74,6 +74,10 @@ class Problem:
         return orjson.dumps(self.openai())
 
 
+# Claude Code asks ten times more with the same key unless it is told not to.
+_UNKNOWN = {"www-authenticate": 'Bearer realm="strongroom"', "x-should-retry": "false"}
+
+
 def describe(error: BaseException) -> Problem:
     """Return what the caller may know of `error`; anything not in the tree of `errors.py` becomes a plain 500."""
     match error:
@@ -83,8 +87,7 @@ def describe(error: BaseException) -> Problem:
         case ContentBlockedError():
             return Problem(error.status, error.code, str(error), error.param, {}, error.findings)
         case RequestError():
-            headers = {"www-authenticate": 'Bearer realm="strongroom"'} if error.status == 401 else {}
-            return Problem(error.status, error.code, str(error), error.param, headers)
+            return Problem(error.status, error.code, str(error), error.param, _UNKNOWN if error.status == 401 else {})
         case UnavailableError():
             return Problem(error.status, error.code, str(error), None, {"retry-after": str(error.retry_after_s)})
         case EngineError():

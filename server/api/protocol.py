@@ -4,15 +4,73 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import httptools
 from typing_extensions import override
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 if TYPE_CHECKING:
     import asyncio
+    from collections.abc import Callable
+
+    from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
     from server.settings import ListenerSettings
 
 MAX_HEADERS = 128
+
+
+class Peer:
+    """What a request may know of its connection without a task or a timer of its own; `scope["peer"]`."""
+
+    __slots__ = ("_cycle", "_watchers")
+
+    def __init__(self, cycle: RequestResponseCycle, watchers: list[Callable[[], None]]) -> None:
+        self._cycle = cycle
+        self._watchers = watchers
+
+    def watch(self, on_leave: Callable[[], None] | None) -> None:
+        """Have `on_leave` called when the connection is lost, in place of what the request before it wanted."""
+        self._watchers[:] = () if on_leave is None else (on_leave,)
+
+    def hold_head(self) -> None:
+        """Have the head of the answer leave with the first bytes of its body, in one packet; call it before the head.
+
+        Whoever calls it must send a body, so it is not for answers to HEAD.
+        """
+        self._cycle.transport = _HeldHead(self._cycle.transport)  # type: ignore[assignment]
+
+    @property
+    def has_sent_body(self) -> bool:
+        """Whether the whole body is here, so that nothing that receives it can wait."""
+        return not self._cycle.more_body
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether a write would not wait for the client to read."""
+        return not self._cycle.flow.write_paused
+
+
+class _HeldHead:
+    """Stands for a connection's transport while one request is answered: its first write waits for the second."""
+
+    __slots__ = ("_head", "_transport")
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._head: bytes | None = None
+
+    def write(self, data: bytes) -> None:
+        if self._head is None:
+            self._head = data
+        else:
+            self._transport.write(self._head + data)
+            self._head = b""
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+    def close(self) -> None:
+        self._transport.close()
 
 
 def _plain_response(status: int, reason: bytes, code: bytes, message: bytes) -> bytes:
@@ -45,20 +103,66 @@ def protocol_for(listener: ListenerSettings) -> type[HttpToolsProtocol]:
             ssl_object = transport.get_extra_info("ssl_object")
             if ssl_object is not None:
                 self._certificate = ssl_object.getpeercert(binary_form=True)
+            self._watchers: list[Callable[[], None]] = []  # of the one request that runs; others of a pipeline wait
             self._start_header_timer()
 
         @override
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_header_timer()
             super().connection_lost(exc)
+            for on_leave in self._watchers:
+                on_leave()
 
         @override
         def data_received(self, data: bytes) -> None:
-            # A head that is still open has a timer; a new request on a kept connection starts one here.
+            self._feed(data)
+            # A head that came whole needs no timer. One that is open does, and so do bytes that belong to no request.
             cycle: Any = self.cycle  # None before the first request, whatever uvicorn's annotation says
-            if self._header_timer is None and (cycle is None or cycle.response_complete):
+            if (
+                self._header_timer is None
+                and (not self._head_complete or cycle is None or cycle.response_complete)
+                and not self.transport.is_closing()
+            ):
                 self._start_header_timer()
-            super().data_received(data)
+
+        def _feed(self, data: bytes) -> None:
+            """Parse; uvicorn's own way with the same name would take the body of a request for the next request.
+
+            The parser stops behind the head where `Upgrade` stands in it, and uvicorn goes on with whatever bytes come
+            next: behind a proxy, a caller's body would be answered to somebody else (request smuggling). We upgrade to
+            nothing, so RFC 9110 lets us read such a request as if the header were not there; some clients always send
+            it.
+            """
+            self._unset_keepalive_if_required()
+            head, rest = b"", memoryview(data)
+            while True:
+                try:
+                    if head:
+                        self.parser.feed_data(head)
+                    self.parser.feed_data(rest)
+                except httptools.HttpParserUpgrade as stopped:
+                    if self.scope["method"] == "CONNECT":
+                        self.send_400_response("")
+                        return
+                    head, rest = self._plain_head(), rest[stopped.args[0] :]
+                    self.parser = httptools.HttpRequestParser(self)
+                    self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+                except httptools.HttpParserError:
+                    self.send_400_response("")
+                    return
+                else:
+                    return
+
+        def _plain_head(self) -> bytes:
+            """Return the request's head as it was, but for the upgrade."""
+            lines = [b"%b %b HTTP/%b" % (self.scope["method"].encode(), self.url, self.scope["http_version"].encode())]
+            for name, value in self.headers:
+                if name == b"connection":
+                    kept = {b"close", b"keep-alive"} & {token.strip() for token in value.lower().split(b",")}
+                    lines += [b"connection: " + token for token in kept]
+                elif name != b"upgrade":
+                    lines.append(b"%b: %b" % (name, value))
+            return b"\r\n".join((*lines, b"", b""))
 
         @override
         def on_message_begin(self) -> None:
@@ -87,7 +191,13 @@ def protocol_for(listener: ListenerSettings) -> type[HttpToolsProtocol]:
             self._head_complete = True
             if self.transport.is_closing():
                 return
+            if self.parser.should_upgrade():  # it stops here, and is fed the same head again
+                self.scope["method"] = self.parser.get_method().decode()
+                self.scope["http_version"] = self.parser.get_http_version()
+                return
             super().on_headers_complete()
+            scope: dict[str, Any] = self.scope  # type: ignore[assignment]
+            scope["peer"] = Peer(self.cycle, self._watchers)
             if self._certificate is not None:
                 self.scope["extensions"] = {"tls": {"client_cert_der": self._certificate}}
 
@@ -98,7 +208,7 @@ def protocol_for(listener: ListenerSettings) -> type[HttpToolsProtocol]:
 
         @override
         def on_message_complete(self) -> None:
-            if not self.transport.is_closing():
+            if not self.transport.is_closing() and not self.parser.should_upgrade():
                 super().on_message_complete()
 
         @override

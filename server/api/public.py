@@ -24,21 +24,23 @@ from server.api.messages import MessageFormat
 from server.api.models import anthropic_model, list_models, openai_model
 from server.api.problems import describe
 from server.api.responses import ResponseFormat
-from server.api.service import parse_count, parse_scan, parse_tokenize, scan_answer
+from server.api.service import parse_count, parse_scan, parse_tokenize, scan_answer, scan_record
+from server.api.stored import DELETE, READ
 from server.errors import MethodNotAllowedError, ModelNotFoundError, StrongroomError
 from server.pipeline import canonical
 from server.types import Chat, Obligations
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from starlette.types import ASGIApp, Scope
 
     from server.api.access import Access
-    from server.api.exchange import Traffic
+    from server.api.exchange import Keeper, Traffic
+    from server.api.stored import StoredResponses
     from server.api.wire import Format
     from server.registry.served import ModelRegistry, ServedModel
-    from server.types import ModelRequest, Principal, ScanReport
+    from server.types import ModelRequest, Principal, Prompt, ScanReport
 
 MODEL_ROUTES: tuple[tuple[str, Format], ...] = (
     ("/v1/chat/completions", ChatFormat()),
@@ -77,6 +79,7 @@ class PublicDeps:
     access: Access
     guard: Scans
     receipts: Receipts
+    stored: StoredResponses
     ready: Callable[[], bool]
     cors_origins: tuple[str, ...] = ()
 
@@ -95,9 +98,9 @@ def problem_response(error: BaseException, scope: Scope) -> Response:
     return Response(body, problem.status, problem.headers, "application/json; charset=utf-8")
 
 
-def json_response(value: Any, status: int = 200) -> Response:
+def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """Return `value` as JSON."""
-    return Response(orjson.dumps(value), status, media_type="application/json; charset=utf-8")
+    return Response(orjson.dumps(value), status, headers, "application/json; charset=utf-8")
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -121,11 +124,11 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, known)
 
 
-def model_endpoint(fmt: Format, route: str, traffic: Traffic) -> Callable[[Request], Any]:
+def model_endpoint(fmt: Format, route: str, traffic: Traffic, keeper: Keeper | None) -> Callable[[Request], Any]:
     """Return the endpoint of one wire format."""
 
     async def endpoint(request: Request) -> Response:
-        return Exchange(fmt, route, traffic)
+        return Exchange(fmt, route, traffic, keeper)
 
     endpoint.__name__ = fmt.wire_format.replace(".", "_")
     return endpoint
@@ -135,23 +138,25 @@ def build_public(deps: PublicDeps) -> ASGIApp:
     """Return the public application."""
     app = FastAPI(title="Strongroom", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     install_error_handlers(app)
+    keepers = {"/v1/responses": deps.stored}
     for route, fmt in MODEL_ROUTES:
-        app.add_api_route(route, model_endpoint(fmt, route, deps.traffic), methods=["POST"], response_model=None)
+        endpoint = model_endpoint(fmt, route, deps.traffic, keepers.get(route))
+        app.add_api_route(route, endpoint, methods=["POST"], response_model=None)
 
-    async def visible(request: Request) -> tuple[Principal, list[tuple[str, ServedModel]]]:
-        principal = await deps.access.identify(
-            read_credentials(request.scope), read_client(request.scope), request.scope["path"]
-        )
-        client = read_client(request.scope)
+    async def visible(request: Request) -> list[tuple[str, ServedModel]]:
+        scope = request.scope
+        client = read_client(scope)
+        principal = await deps.access.identify(read_credentials(scope), client, scope["path"])
+        # Not counted, unlike all else: clients ask it to see whether they are let in, and it tells what is in memory.
         models = [m for m in deps.models.models if deps.access.may_list(principal, m.id, client)]
-        return principal, [(name, m) for m in models for name in (m.id, *m.settings.aliases)]
+        return [(name, m) for m in models for name in (m.id, *m.settings.aliases)]
 
     async def models(request: Request) -> Response:
-        _, named = await visible(request)
+        named = await visible(request)
         return json_response(list_models(named, anthropic=is_anthropic(request.scope)))
 
     async def model(request: Request, name: str) -> Response:
-        _, named = await visible(request)
+        named = await visible(request)
         for known_name, known in named:
             if known_name == name:
                 form = anthropic_model if is_anthropic(request.scope) else openai_model
@@ -168,18 +173,43 @@ def build_public(deps: PublicDeps) -> ASGIApp:
 
     async def scan(request: Request) -> Response:
         scope = request.scope
-        await deps.access.admit(read_credentials(scope), read_client(scope), "/v1/scan", "guard:text:scan")
-        text, language, path = parse_scan(await body_of(request))
-        return json_response(scan_answer(await deps.guard.scan(text, language=language, path=path)))
+        client = read_client(scope)
+        principal = await deps.access.admit(read_credentials(scope), client, "/v1/scan", "guard:text:scan")
+        wanted = parse_scan(await body_of(request))
+        async with deps.access.counted(principal, client, "/v1/scan", num_requests=len(wanted.items)) as headers:
+            # One after the other: a batch must not keep all the scanning workers from answers that wait for them.
+            reports = [await deps.guard.scan(one.text, language=one.language, path=one.path) for one in wanted.items]
+        told = {"request_id": scope["request_id"], "address": client.address, **scan_record(wanted, reports)}
+        await deps.access.act("guard:text:scanned", principal, **told)
+        return json_response(scan_answer(wanted, reports), headers=headers)
 
     async def receipt(request: Request, reference: str) -> Response:
         scope = request.scope
-        principal = await deps.access.admit(
-            read_credentials(scope), read_client(scope), "/v1/audit/receipt", "audit:receipt:read"
-        )
-        return json_response(await deps.receipts.find(reference, principal))
+        client = read_client(scope)
+        principal = await deps.access.admit(read_credentials(scope), client, "/v1/audit/receipt", "audit:receipt:read")
+        async with deps.access.counted(principal, client, "/v1/audit/receipt") as headers:
+            return json_response(await deps.receipts.find(reference, principal), headers=headers)
 
-    async def count(request: Request, parse: Callable[[dict[str, Any]], ModelRequest], route: str) -> tuple[Any, Any]:
+    async def own(request: Request, action: str, act: Callable[[Principal], Awaitable[Any]]) -> Response:
+        scope = request.scope
+        client, route = read_client(scope), "/v1/responses/{id}"
+        principal = await deps.access.admit(read_credentials(scope), client, route, action)
+        async with deps.access.counted(principal, client, route) as headers:
+            return json_response(await act(principal), headers=headers)
+
+    async def stored_response(request: Request, response_id: str) -> Response:
+        return await own(request, READ, lambda principal: deps.stored.read(principal, response_id))
+
+    async def stored_items(request: Request, response_id: str) -> Response:
+        query = dict(request.query_params)
+        return await own(request, READ, lambda principal: deps.stored.list_items(principal, response_id, query))
+
+    async def delete_response(request: Request, response_id: str) -> Response:
+        return await own(request, DELETE, lambda principal: deps.stored.delete(principal, response_id))
+
+    async def count(
+        request: Request, parse: Callable[[dict[str, Any]], ModelRequest], route: str
+    ) -> tuple[ServedModel, Prompt, dict[str, str]]:
         scope = request.scope
         client = read_client(scope)
         principal = await deps.access.identify(read_credentials(scope), client, route)
@@ -191,18 +221,19 @@ def build_public(deps: PublicDeps) -> ASGIApp:
         demands = Obligations(stand_in="raw")
         if isinstance(wanted.payload, Chat):
             demands = deps.access.obligations(principal, "model:chat:create", wanted, client)
-        return model, await model.render(wanted, demands, principal)
+        async with deps.access.counted(principal, client, route, model.id) as headers:
+            return model, await model.render(wanted, demands, principal), headers
 
     async def tokenize(request: Request) -> Response:
-        model, prompt = await count(request, parse_tokenize, "/tokenize")
-        answer = {"count": prompt.num_tokens, "max_model_len": model.engine.max_model_len}
+        model, prompt, headers = await count(request, parse_tokenize, "/tokenize")
+        answer: dict[str, Any] = {"count": prompt.num_tokens, "max_model_len": model.engine.max_model_len}
         if prompt.template.id == "none":  # ids of a templated prompt would spell the template out
             answer["tokens"] = prompt.token_ids
-        return json_response(answer)
+        return json_response(answer, headers=headers)
 
     async def count_tokens(request: Request) -> Response:
-        _, prompt = await count(request, parse_count, "/v1/messages/count_tokens")
-        return json_response({"input_tokens": prompt.num_tokens})
+        _, prompt, headers = await count(request, parse_count, "/v1/messages/count_tokens")
+        return json_response({"input_tokens": prompt.num_tokens}, headers=headers)
 
     async def live(request: Request) -> Response:
         return Response(b"ok\n", media_type="text/plain; charset=utf-8")
@@ -219,10 +250,13 @@ def build_public(deps: PublicDeps) -> ASGIApp:
     app.add_api_route("/v1/models/{name:path}", model, methods=["GET"], response_model=None)
     app.add_api_route("/v1/scan", scan, methods=["POST"], response_model=None)
     app.add_api_route("/v1/audit/receipt/{reference}", receipt, methods=["GET"], response_model=None)
+    app.add_api_route("/v1/responses/{response_id}", stored_response, methods=["GET"], response_model=None)
+    app.add_api_route("/v1/responses/{response_id}", delete_response, methods=["DELETE"], response_model=None)
+    app.add_api_route("/v1/responses/{response_id}/input_items", stored_items, methods=["GET"], response_model=None)
     app.add_api_route("/tokenize", tokenize, methods=["POST"], response_model=None)
     app.add_api_route("/v1/messages/count_tokens", count_tokens, methods=["POST"], response_model=None)
     app.add_api_route("/livez", live, methods=["GET"], response_model=None)
     app.add_api_route("/readyz", ready, methods=["GET"], response_model=None)
     app.add_api_route("/", head, methods=["HEAD"], response_model=None)
-    direct = {route: partial(Exchange, fmt, route, deps.traffic) for route, fmt in MODEL_ROUTES}
+    direct = {route: partial(Exchange, fmt, route, deps.traffic, keepers.get(route)) for route, fmt in MODEL_ROUTES}
     return Edge(app, cors_origins=deps.cors_origins, direct=direct)

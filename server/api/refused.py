@@ -73,7 +73,6 @@ REFUSED_FIELDS: dict[str, str] = {
 """Field name to the reason that stands in the 400."""
 
 HARMLESS: dict[str, Any] = {
-    "add_generation_prompt": True,
     "continue_final_message": False,
     "echo": False,
     "return_token_ids": False,

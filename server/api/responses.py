@@ -1,6 +1,6 @@
 """OpenAI responses: where this format keeps its input items, tools, usage and stream events.
 
-Nothing is stored: `store` is accepted and answered with false, `previous_response_id` is refused by name.
+`store` and `previous_response_id` are read here; keeping and finding answers is the business of `stored.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from server.api import fields
 from server.api.chat import parse_function, parse_response_format, parse_tool_choice
 from server.api.wire import assemble, findings_of, merge_tool_call
 from server.errors import RequestError
-from server.types import Chat, ModelRequest, WireFormat
+from server.types import Chat, Continuation, ModelRequest, WireFormat
 
 if TYPE_CHECKING:
     from server.api.problems import Problem
@@ -39,10 +39,10 @@ class ResponseFormat:
             RequestError: A field is wrong or refused, by name.
         """
         fields.refuse(body)
-        for name in ("previous_response_id", "conversation", "prompt"):
+        for name in ("conversation", "prompt"):
             if body.get(name) is not None:
                 raise RequestError(
-                    f"'{name}' is not accepted: this server stores no responses; send the whole input.",
+                    f"'{name}' is not accepted: this server keeps responses, and nothing else; send the whole input.",
                     param=name,
                     code="unsupported_parameter",
                 )
@@ -54,19 +54,23 @@ class ResponseFormat:
             )
         tools = _parse_tools(body.get("tools"))
         text = body.get("text")
+        instructions = _instructions(body.get("instructions"))
         return ModelRequest(
             wire_format=self.wire_format,
             model=fields.model_name(body),
             payload=Chat(
-                messages=(*_instructions(body.get("instructions")), *_parse_input(body.get("input"))),
+                messages=(*instructions, *parse_items(body.get("input"))),
                 tools=tools,
                 tool_choice=parse_tool_choice(body.get("tool_choice") if tools else None, tools),
                 parallel_tool_calls=fields.flag(body, "parallel_tool_calls", default=True) if tools else None,
                 response_format=_parse_format(text.get("format")) if isinstance(text, dict) else None,
             ),
-            sampling=fields.sampling({name: body.get(name) for name in ("temperature", "top_p", "seed")}),
+            sampling=fields.sampling({name: body.get(name) for name in ("temperature", "top_p", "seed", "logit_bias")}),
             max_tokens=fields.max_tokens(body, "max_output_tokens"),
             stream=fields.flag(body, "stream"),
+            continuation=Continuation(
+                _previous(body.get("previous_response_id")), fields.flag(body, "store"), len(instructions)
+            ),
         )
 
     def reply(self, request: ModelRequest, request_id: str, created_s: int) -> ResponseReply:
@@ -79,19 +83,29 @@ class ResponseFormat:
 
 
 class ResponseReply:
-    """Writes a `response`, plain or as numbered events; items are streamed one after the other."""
+    """Writes a `response`, plain or as numbered events; items are streamed one after the other.
+
+    Attributes:
+        stored: Whether the response says of itself that it is stored; set before the first event.
+        final: The whole response, once the answer has ended.
+    """
 
     def __init__(self, request: ModelRequest, suffix: str, created_s: int) -> None:
+        assert isinstance(request.payload, Chat)  # noqa: S101 - `parse` makes nothing else
         self._request = request
+        self._chat = request.payload
         self._suffix = suffix
         self._created_s = created_s
+        self.stored = False
+        self.final: dict[str, Any] = {}
         self._sequence = 0
         self._items: list[dict[str, Any]] = []
         self._text: list[str] = []
         self._calls: dict[int, dict[str, Any]] = {}
         self._open: tuple[str, int] | None = None
+        self._where = b""  # the message that is open, as its events name it
 
-    def begin(self) -> bytes:
+    def begin(self, prompt_tokens: int) -> bytes:
         """Return `response.created` and `response.in_progress`."""
         response = self._response("in_progress", [], None)
         return self._event("response.created", {"response": response}) + self._event(
@@ -105,20 +119,16 @@ class ResponseReply:
             if delta.index != 0:
                 continue
             if delta.text:
-                pieces.append(self._to_message())
+                if self._open != ("message", 0):
+                    pieces.append(self._to_message())
                 self._text.append(delta.text)
+                # Nearly every event is one of these, and differs from the last in its number and its text alone.
                 pieces.append(
-                    self._event(
-                        "response.output_text.delta",
-                        {
-                            "item_id": self._items[-1]["id"],
-                            "output_index": len(self._items) - 1,
-                            "content_index": 0,
-                            "delta": delta.text,
-                            "logprobs": [],
-                        },
-                    )
+                    b'event: response.output_text.delta\ndata: {"type":"response.output_text.delta",'
+                    b'"sequence_number":%d,%b"delta":%b,"logprobs":[]}\n\n'
+                    % (self._sequence, self._where, orjson.dumps(delta.text))
                 )
+                self._sequence += 1
             pieces += [self._call_piece(piece) for piece in delta.tool_calls or ()]
         return b"".join(pieces)
 
@@ -129,7 +139,8 @@ class ResponseReply:
             pieces.append(self._to_message())
         pieces.append(self._close())
         status, name = _status(outcome)
-        pieces.append(self._event(name, {"response": self._response(status, self._items, outcome)}))
+        self.final = self._response(status, self._items, outcome)
+        pieces.append(self._event(name, {"response": self.final}))
         return b"".join(pieces)
 
     def heartbeat(self) -> bytes:
@@ -151,10 +162,11 @@ class ResponseReply:
             items.append(self._message(0, text))
         items += [_call_item(f"fc_{self._suffix}_{i}", call) for i, call in enumerate(choice.tool_calls.values())]
         status, _ = _status(outcome)
-        return orjson.dumps(self._response(status, items, outcome))
+        self.final = self._response(status, items, outcome)
+        return orjson.dumps(self.final)
 
     def _response(self, status: str, items: list[dict[str, Any]], outcome: Outcome | None) -> dict[str, Any]:
-        chat = self._request.payload
+        continuation = self._request.continuation
         response: dict[str, Any] = {
             "id": f"resp_{self._suffix}",
             "object": "response",
@@ -167,13 +179,13 @@ class ResponseReply:
             "max_output_tokens": self._request.max_tokens,
             "model": self._request.model,
             "output": items,
-            "parallel_tool_calls": True,
-            "previous_response_id": None,
+            "parallel_tool_calls": self._chat.parallel_tool_calls is not False,
+            "previous_response_id": continuation.previous if continuation is not None else None,
             "reasoning": {"effort": None, "summary": None},
-            "store": False,
+            "store": self.stored,
             "temperature": self._request.sampling.get("temperature"),
-            "text": {"format": {"type": "text"}},
-            "tool_choice": (chat.tool_choice if isinstance(chat, Chat) else None) or "auto",
+            "text": {"format": _format_as_asked(self._chat.response_format)},
+            "tool_choice": _choice_as_asked(self._chat.tool_choice),
             "tools": [],
             "top_p": self._request.sampling.get("top_p"),
             "truncation": "disabled",
@@ -185,7 +197,7 @@ class ResponseReply:
             usage = outcome.usage
             response["usage"] = {
                 "input_tokens": usage.prompt_tokens,
-                "input_tokens_details": {"cached_tokens": usage.cached_tokens},
+                "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
                 "output_tokens": usage.completion_tokens,
                 "output_tokens_details": {"reasoning_tokens": 0},
                 "total_tokens": usage.prompt_tokens + usage.completion_tokens,
@@ -214,6 +226,8 @@ class ResponseReply:
         item = {**self._message(index, ""), "status": "in_progress", "content": []}
         self._items.append(item)
         self._open = ("message", 0)
+        where = {"item_id": item["id"], "output_index": index, "content_index": 0}
+        self._where = orjson.dumps(where)[1:-1] + b","
         part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
         return (
             closed
@@ -293,6 +307,18 @@ def _status(outcome: Outcome) -> tuple[str, str]:
     return "completed", "response.completed"
 
 
+def _choice_as_asked(choice: str | dict[str, Any] | None) -> str | dict[str, Any]:
+    if isinstance(choice, dict):
+        return {"type": "function", "name": choice["function"]["name"]}
+    return choice or "auto"
+
+
+def _format_as_asked(given: dict[str, Any] | None) -> dict[str, Any]:
+    if given is None:
+        return {"type": "text"}
+    return {"type": given["type"], **given.get("json_schema", {})}
+
+
 def _call_item(item_id: str, call: dict[str, Any]) -> dict[str, Any]:
     function = call["function"]
     return {
@@ -313,7 +339,20 @@ def _instructions(value: Any) -> list[dict[str, Any]]:
     return [{"role": "system", "content": value}]
 
 
-def _parse_input(value: Any) -> list[dict[str, Any]]:
+def _previous(value: Any) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str) or not fields.NAME.match(value):
+        raise fields.wrong("previous_response_id", "the id of a response")
+    return value
+
+
+def parse_items(value: Any) -> list[dict[str, Any]]:
+    """Return the messages that input or output items spell.
+
+    Raises:
+        RequestError: An item is malformed, by its place.
+    """
     if isinstance(value, str) and value:
         return [{"role": "user", "content": value}]
     if not isinstance(value, list) or not value or len(value) > fields.MAX_MESSAGES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,8 +14,8 @@ if TYPE_CHECKING:
 class Reply(Protocol):
     """One answer being written. `events`, `end` and `error` make a stream; `whole` makes a plain body."""
 
-    def begin(self) -> bytes:
-        """Return what a stream opens with, before any text."""
+    def begin(self, prompt_tokens: int) -> bytes:
+        """Return what a stream opens with, before any text; `prompt_tokens` is the size of the prompt."""
         ...
 
     def events(self, deltas: list[Delta]) -> bytes:
@@ -92,15 +93,44 @@ def assemble(deltas: list[Delta]) -> dict[int, Choice]:
     return dict(sorted(choices.items()))
 
 
+class ToolCalls:
+    """Makes the streamed pieces of tool calls what concatenating clients need, whatever the engine repeats.
+
+    A call's id, type and name stand in its first piece and nowhere else; an id that the engine leaves out is drawn.
+    """
+
+    def __init__(self) -> None:
+        self._known: set[tuple[int, int]] = set()
+
+    def pieces(self, choice: int, given: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the pieces of one delta of a choice."""
+        pieces: list[dict[str, Any]] = []
+        for piece in given:
+            index, function = piece.get("index", 0), piece.get("function") or {}
+            arguments = function.get("arguments") or ""
+            if (choice, index) in self._known:
+                pieces.append({"index": index, "function": {"arguments": arguments}})
+                continue
+            self._known.add((choice, index))
+            first = {"name": function.get("name") or "", "arguments": arguments}
+            pieces.append(
+                {"index": index, "id": piece.get("id") or new_call_id(), "type": "function", "function": first}
+            )
+        return pieces
+
+
+def new_call_id() -> str:
+    """Draw the id of a tool call; it must differ from those of earlier turns, so no number will do."""
+    return "call_" + secrets.token_hex(12)
+
+
 def merge_tool_call(calls: dict[int, dict[str, Any]], piece: dict[str, Any]) -> None:
     """Add one streamed piece of a tool call to the calls so far, by its index."""
     index = piece.get("index", 0)
     function = piece.get("function") or {}
     call = calls.setdefault(
-        index, {"id": piece.get("id") or "", "type": "function", "function": {"name": "", "arguments": ""}}
+        index, {"id": piece.get("id") or new_call_id(), "type": "function", "function": {"name": "", "arguments": ""}}
     )
-    if piece.get("id") and not call["id"]:
-        call["id"] = piece["id"]
     if function.get("name") and not call["function"]["name"]:
         call["function"]["name"] = function["name"]
     call["function"]["arguments"] += function.get("arguments") or ""
