@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 LAUNCHER = Path(__file__).with_name("launch.py")
 POLL_S = 0.1
+STARTING_GRACE_S = 3.0  # one that was never ready has nothing to end, and vLLM hears no signal while it loads
 
 
 class ChildEvent(StrEnum):
@@ -85,7 +86,7 @@ class ChildSpec:
         max_health_failures: So many in a row and the whole tree is killed and started again.
         ready_limit_s: How long it may take to become ready.
         stop_signal: Sent first when it is to stop.
-        grace_s: From then until the whole tree is killed.
+        grace_s: From then until the whole tree is killed; `STARTING_GRACE_S` at most for one that was not ready yet.
         log_path: Where its output goes; made with mode 0600.
         discreet_log: Whether texts of callers are kept out of it; see `server/engine/log.py`.
         cwd: Its working directory; None for ours.
@@ -94,6 +95,7 @@ class ChildSpec:
             `KMSUnreachableError`.
         after_exit: Called when a process of this child has ended and its tree is gone, before a restart.
         critical: Whether the supervisor stops everything once it gave the child up.
+        awaited: Whether the start of all waits for it; one that is not is started after those that are.
         stops_first: Whether it is stopped before all others: a gateway drains while the engine still answers.
     """
 
@@ -116,6 +118,7 @@ class ChildSpec:
     before_start: Callable[[], Awaitable[Handover | None]] | None = None
     after_exit: Callable[[], Awaitable[None]] | None = None
     critical: bool = True
+    awaited: bool = True
     stops_first: bool = False
 
 
@@ -152,6 +155,11 @@ class Child:
         self._task = asyncio.create_task(self._supervise(), name=f"supervise-{self.spec.name}")
 
     @property
+    def is_started(self) -> bool:
+        """Whether `start` was called."""
+        return self._task is not None
+
+    @property
     def given_up(self) -> bool:
         """Whether it will not be started again."""
         return self._task is not None and self._task.done() and not self._stopping
@@ -164,11 +172,12 @@ class Child:
             self._tree = tree_members(self.process.pid, self._tree)
             with suppress(ProcessLookupError):
                 self.process.send_signal(self.spec.stop_signal)
+            grace_s = self.spec.grace_s if self.is_ready.is_set() else min(self.spec.grace_s, STARTING_GRACE_S)
             try:
-                async with asyncio.timeout(self.spec.grace_s):
+                async with asyncio.timeout(grace_s):
                     await _wait_exit(self.process)
             except TimeoutError:
-                logger.warning("child %s did not stop within %s s and is killed", self.spec.name, self.spec.grace_s)
+                logger.warning("child %s did not stop within %s s and is killed", self.spec.name, grace_s)
         if self._task is not None:
             self._task.cancel()
             with suppress(asyncio.CancelledError):

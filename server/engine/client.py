@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import orjson
 
 from server.engine.http import Address, Pool, Timeouts, TransportError
-from server.engine.wire import EventParser, build_request, parse_embeddings, raise_refusal
+from server.engine.wire import BANS_FIELD, EventParser, build_request, parse_embeddings, raise_refusal, without_mark
 from server.errors import ConfigError, EngineError, EngineUnavailableError, StrongroomError
 from server.types import Chat, Embedding
 
@@ -81,6 +81,7 @@ class EngineClient:
         address: Where it listens.
         served_name: The name that the engine knows the model by (`model` if None), such as a LoRA adapter's.
         embeds: Whether it is an embedding model.
+        messages: Whether it gets neutralised messages, which it renders by itself, in place of token ids.
         timeouts: Bounds of one exchange.
         api_key: Sent as a bearer token to a remote engine.
 
@@ -96,12 +97,14 @@ class EngineClient:
         *,
         served_name: str | None = None,
         embeds: bool = False,
+        messages: bool = False,
         timeouts: Timeouts | None = None,
         api_key: Secret | None = None,
     ) -> None:
         self.model = model
         self.max_model_len = max_model_len
         self.embeds = embeds
+        self._messages = messages
         self._served_name = served_name or model
         self._address = address
         self._timeouts = timeouts or Timeouts()
@@ -117,6 +120,7 @@ class EngineClient:
         # identity, and gets no request before its own test.
         self._tested: object = None
         self._testing: object = None
+        self._bans_proved: object = None  # by which incarnation that it bans what it is told to
         self._num_cuts = 0
 
     @property
@@ -124,39 +128,49 @@ class EngineClient:
         """Whether the engine passed its self-test and has not gone away since."""
         return self._tested is not None
 
-    async def stream(
+    def stream(
         self, prompt: Prompt, request: ModelRequest, *, max_tokens: int, cache_salt: str, request_id: RequestId
     ) -> AsyncGenerator[list[Delta], None]:
-        """Yield what the engine says, a list for each read of its socket; closing the generator aborts the request.
+        """Return what the engine says, a list for each read of its socket; closing the generator aborts the request.
+
+        Nothing goes to the engine before the first list is asked for; usage comes last, with the answer's end.
 
         Raises:
             EngineUnavailableError: The engine is down, starting, or has not passed its self-test.
             EngineError: It failed on this request.
             RequestError: It refuses a parameter of this request.
+            ConfigError: Policy bans tokens, and this engine says them all the same.
         """
         del request_id  # the engine's logs need no name of ours
+        message = build_request(prompt, request, model=self._served_name, max_tokens=max_tokens, cache_salt=cache_salt)
+        return self._exchange(message, prompt, request)
+
+    async def _exchange(
+        self, message: tuple[str, bytes], prompt: Prompt, request: ModelRequest
+    ) -> AsyncGenerator[list[Delta], None]:
         if self._tested is None:
             raise EngineUnavailableError(f"The engine of model '{self.model}' is starting. Please try again.")
-        path, body = build_request(
-            prompt, request, model=self._served_name, max_tokens=max_tokens, cache_salt=cache_salt
-        )
+        if prompt.banned_ids and self._bans_proved != self._tested:
+            await self._prove_bans()
         if isinstance(request.payload, Embedding):
-            deltas = parse_embeddings(await self._call("POST", path, body, limit_s=self._timeouts.first_byte_s))
+            deltas = parse_embeddings(await self._call("POST", *message, limit_s=self._timeouts.first_byte_s))
             self._check_usage(prompt, deltas[-1].usage)
             yield deltas
             return
         parser = EventParser(chat=isinstance(request.payload, Chat))
         usage: Usage | None = None
+        mark = prompt.conversation.mark if prompt.conversation is not None else ""
         connection: Connection | None = None
         try:
-            connection = await self._pool.open("POST", path, body)
+            connection = await self._pool.open("POST", *message)
+            del message  # a stream may stay open for long, and its prompt is kilobytes
             await self._require_ok(connection)
             limit_s = self._timeouts.first_byte_s
             while data := await connection.read(limit_s):
                 limit_s = self._timeouts.stall_s
                 if deltas := parser.feed(data):
                     usage = deltas[-1].usage or usage
-                    yield deltas
+                    yield [without_mark(delta, mark) for delta in deltas] if mark else deltas
         except TransportError as err:
             raise self._translate(err) from err
         finally:
@@ -201,13 +215,10 @@ class EngineClient:
         self._pool.close()
         try:
             await self._test_model()
-            if self.embeds:
-                await self._test_embedding()
-            else:
-                ids = list(PROBE_IDS)
-                await self._test_ids("/v1/completions", {"prompt": ids, "max_tokens": 1})
-                chat = {"messages": [], "kv_transfer_params": {"prompt_token_ids": ids}, "max_completion_tokens": 1}
-                await self._test_ids("/v1/chat/completions", chat)
+            if (
+                not self._messages
+            ):  # such an engine renders by itself: there are no ids to hold it to (docs/templates.md)
+                await self._test_prompts()
             self._tested = self._testing
         finally:
             self._testing = None
@@ -296,7 +307,8 @@ class EngineClient:
 
     def _check_usage(self, prompt: Prompt, usage: Usage | None) -> None:
         num_tokens = len(prompt.token_ids) + sum(map(len, prompt.inputs))
-        if usage is None or usage.prompt_tokens != num_tokens:
+        # An engine that renders by itself counts what it made of the messages.
+        if usage is None or (usage.prompt_tokens != num_tokens and prompt.conversation is None):
             # The self-test passed, and yet another prompt than ours was answered: stop using this engine.
             self._tested = None
             raise EngineError("The engine did not answer the prompt that it was given.")
@@ -335,6 +347,15 @@ class EngineClient:
                 f"The engine of model '{self.model}' has a context of {length} tokens, not {self.max_model_len}."
             )
 
+    async def _test_prompts(self) -> None:
+        if self.embeds:
+            await self._test_embedding()
+            return
+        ids = list(PROBE_IDS)
+        await self._test_ids("/v1/completions", {"prompt": ids, "max_tokens": 1})
+        chat = {"messages": [], "kv_transfer_params": {"prompt_token_ids": ids}, "max_completion_tokens": 1}
+        await self._test_ids("/v1/chat/completions", chat)
+
     async def _test_ids(self, path: str, fields: dict[str, Any]) -> None:
         body = {**fields, "model": self._served_name, "return_token_ids": True, "temperature": 0}
         answer = _parse_answer(await self._call("POST", path, orjson.dumps(body), limit_s=SELF_TEST_LIMIT_S))
@@ -347,6 +368,38 @@ class EngineClient:
                 f"The engine did not take token ids as they are on {path}: this version of it cannot be used, because "
                 "prompts would be rendered without the security template's protection."
             )
+
+    async def _prove_bans(self) -> None:
+        """Ban the token that the engine would say, and look whether it says another; once for each start of it.
+
+        An engine without our logits processor, or one that speculates, takes the ban and leaves it out without a word.
+
+        Raises:
+            ConfigError: It says the banned token.
+        """
+        tested = self._tested
+        first = await self._say_one(())
+        if await self._say_one((first,)) == first:
+            raise ConfigError(
+                f"Policy bans tokens, and the engine of model '{self.model}' does not hold to it: it lacks our logits "
+                "processor, or it speculates (speculative_ngram). Turn that off, or take the ban out for this model."
+            )
+        self._bans_proved = tested
+
+    async def _say_one(self, banned_ids: tuple[int, ...]) -> int:
+        """Return the token that the engine says after the probe, one that does not end the answer."""
+        body: dict[str, Any] = {"model": self._served_name, "prompt": list(PROBE_IDS), "max_tokens": 1, "min_tokens": 1}
+        body |= {"temperature": 0, "return_token_ids": True}
+        if banned_ids:
+            body["vllm_xargs"] = {BANS_FIELD: list(banned_ids)}
+        answer = _parse_answer(
+            await self._call("POST", "/v1/completions", orjson.dumps(body), limit_s=SELF_TEST_LIMIT_S)
+        )
+        try:
+            (token,) = answer["choices"][0]["token_ids"]
+            return int(token)
+        except (KeyError, IndexError, TypeError, ValueError) as err:
+            raise EngineError("The engine did not say which token it chose.") from err
 
     async def _test_embedding(self) -> None:
         body = {"model": self._served_name, "input": list(PROBE_IDS), "encoding_format": "float"}

@@ -25,6 +25,9 @@ MAX_STOP_STRINGS = 64  # Continue sends up to 20; vLLM's default of 4 refuses th
 MAX_SOCKET_PATH_BYTES = 107
 RPC_NAME_BYTES = 37
 LOAD_FORMATS = ("strongroom", "safetensors")
+# vLLM keeps whole blocks of a prompt in its prefix cache: what a template leaves over of its last block is computed
+# anew for every request. On a CPU that is 2 to 3 ms a token, and vLLM's own choice there is 128.
+CPU_BLOCK_TOKENS = 32
 KV_CACHE_DTYPES = ("auto", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
 
 # Options an operator may pass through: sizes, batching and parallelism, nothing that opens a route, runs code, reads
@@ -60,7 +63,8 @@ _KNOWN_ARGS = frozenset(_EXTRA_ARGS) | {
     "--enable-auto-tool-choice",
     "--enable-prefix-caching", "--enable-prompt-tokens-details", "--enforce-eager", "--generation-config",
     "--gpu-memory-utilization", "--load-format", "--lora-modules", "--max-model-len", "--max-num-seqs", "--model",
-    "--model-loader-extra-config", "--no-enable-prefix-caching", "--quantization", "--reasoning-parser", "--runner",
+    "--model-loader-extra-config", "--no-enable-prefix-caching", "--pooler-config", "--quantization",
+    "--reasoning-parser", "--runner",
     "--served-model-name", "--speculative-config", "--tensor-parallel-size", "--tool-call-parser", "--uds",
 }  # fmt: skip
 
@@ -134,9 +138,11 @@ class EngineConfig:
 
     Attributes:
         model_id: The id that callers use; the engine knows the model by the same name.
-        path: Folder of the (sealed) model.
+        path: Folder that vLLM reads config and tokenizer from: of a plain model, or of a sealed one's staged files.
         load_format: `strongroom` for a sealed model, `safetensors` for a plain one.
         task: `generate` or `embed`.
+        pooling: How an embedding model makes one vector of many: `mean`, `cls` or `last`; None leaves it to vLLM, which
+            can't see it in a sealed model.
         max_model_len: Context length in tokens.
         kv_cache_gb: KV cache on the CPU, in GiB; None leaves it to vLLM (a GPU).
         cpu_cores: Cores that the engine's threads are bound to; two engines must not share any.
@@ -148,6 +154,7 @@ class EngineConfig:
         reasoning_parser: vLLM's parser for the thoughts of this model, or None.
         adapters: LoRA adapters by name, each a folder.
         manifest_sha256: Digest of the manifest that was verified; the loader opens no other.
+        sealed_path: Folder of the sealed model, where `path` holds its staged files.
         device_open: Where a ChaCha20-Poly1305 model is opened: `auto` takes a CUDA device, `off` the CPU, `interpret`
             tries the device's kernels on the CPU (slow).
         ban_control_tokens: Never let the model say a control token other than those that end an answer.
@@ -160,6 +167,7 @@ class EngineConfig:
     max_model_len: int
     load_format: str = "strongroom"
     task: Literal["generate", "embed"] = "generate"
+    pooling: Literal["mean", "cls", "last"] | None = None
     dtype: str = "auto"
     quantization: str | None = None
     kv_cache_gb: int | None = None
@@ -174,6 +182,7 @@ class EngineConfig:
     reasoning_parser: str | None = None
     adapters: Mapping[str, Path] = field(default_factory=dict)
     manifest_sha256: str | None = None
+    sealed_path: Path | None = None
     device_open: Literal["auto", "interpret", "off"] = "auto"
     ban_control_tokens: bool = False
     keep_control_tokens: tuple[str, ...] = ()
@@ -223,6 +232,8 @@ def build_engine_argv(config: EngineConfig, socket_path: Path, *, python: str = 
     args += ["--load-format", config.load_format, "--dtype", config.dtype]
     if config.manifest_sha256 is not None:
         pinned = {"manifest_sha256": config.manifest_sha256}
+        if config.sealed_path is not None:
+            pinned["folder"] = str(config.sealed_path)
         if config.device_open != "auto":
             pinned["device_open"] = config.device_open
         args += ["--model-loader-extra-config", orjson.dumps(pinned).decode()]
@@ -242,8 +253,12 @@ def build_engine_argv(config: EngineConfig, socket_path: Path, *, python: str = 
         args.append("--enforce-eager")
     if config.task == "embed":
         args += ["--runner", "pooling"]
+        if config.pooling is not None:
+            args += ["--pooler-config", orjson.dumps({"seq_pooling_type": config.pooling.upper()}).decode()]
     else:
         args.append("--enable-prefix-caching" if config.prefix_caching else "--no-enable-prefix-caching")
+        if config.kv_cache_gb is not None and "--block-size" not in config.extra_args:
+            args += ["--block-size", str(CPU_BLOCK_TOKENS)]
         if config.ngram_tokens:
             speculation = {"method": "ngram", "num_speculative_tokens": config.ngram_tokens}
             speculation |= {"prompt_lookup_min": 2, "prompt_lookup_max": 4}

@@ -10,9 +10,7 @@ import os
 import resource
 import signal
 import socket
-import stat
 import struct
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +24,6 @@ _CLONE_NEWNET = 0x40000000
 _SIOCGIFFLAGS = 0x8913
 _SIOCSIFFLAGS = 0x8914
 _IFF_UP = 0x1
-PRIVATE_MODE = 0o700
 
 
 def _libc() -> ctypes.CDLL:
@@ -69,21 +66,6 @@ def harden_spawned_process() -> None:
     forbid_dumps()
     parent = multiprocessing.parent_process()
     die_with_parent(parent.pid if parent is not None else None)
-
-
-def make_private_dir(path: Path) -> None:
-    """Make a folder that only this user may enter, or make sure that it is one.
-
-    Raises:
-        ConfigError: Something else stands there: a link, another user's folder.
-    """
-    with suppress(FileExistsError):
-        path.mkdir(mode=0o700, parents=True)
-    info = path.lstat()
-    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid():
-        raise ConfigError(f"{path} must be a folder that belongs to this user. Remove it and start again.")
-    if stat.S_IMODE(info.st_mode) != PRIVATE_MODE:
-        path.chmod(PRIVATE_MODE)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from server.engine.child import ChildSpec, Handover, RestartPolicy
 from server.engine.client import EngineClient, unix_address
 from server.engine.config import build_engine_argv, engine_environment
-from server.engine.isolation import make_private_dir
 from server.errors import EngineError, EngineUnavailableError
+from server.folders import make_private_dir, runtime_dir
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
+    from pathlib import Path
 
     from server.engine.config import EngineConfig
 
 STATUS_FILE = "isolation.json"
 MAX_NAME_CHARS = 24
-MAX_RUN_DIR_BYTES = 59  # then both kinds of socket fit: ours, and vLLM's `e-XXXXXXXX/<uuid>`
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,19 +41,6 @@ def engine_paths(state_dir: Path, model_id: str) -> EnginePaths:
         name = f"{name[:MAX_NAME_CHARS]}-{digest}"
     run = runtime_dir(state_dir)
     return EnginePaths(run / f"engine-{name}.sock", run / f"e-{digest}", state_dir / "logs" / f"engine-{name}.log")
-
-
-def runtime_dir(state_dir: Path) -> Path:
-    """Return the folder for sockets: in the state folder, or, where its path is too long for a socket's, a short one.
-
-    The short one has a name that follows from the state folder's, so that every process finds it; whoever makes it must
-    use `make_private_dir`, which refuses a folder that somebody else put there.
-    """
-    run = state_dir.absolute() / "run"
-    if len(os.fsencode(run)) <= MAX_RUN_DIR_BYTES:
-        return run
-    base = Path(os.environ.get("XDG_RUNTIME_DIR") or "/tmp")  # noqa: S108 - see above: made and checked as private
-    return base / f"strongroom-{os.getuid()}-{hashlib.sha256(os.fsencode(run)).hexdigest()[:12]}"
 
 
 def local_engine_spec(

@@ -23,17 +23,24 @@ class Supervisor:
     Use it from the main thread: the children are tied to the thread that starts them, and die with it.
 
     Args:
-        specs: In the order of starting; each waits until the one before is ready.
+        specs: In the order of starting; each waits until the one before is ready. Those that are not awaited come last.
         on_event: Told all that happens; must not block.
     """
 
     def __init__(self, specs: tuple[ChildSpec, ...], on_event: EventHandler | None = None) -> None:
         handler = on_event or (lambda _event, _child, _detail: None)
-        self.children = {spec.name: Child(spec, handler) for spec in specs}
+        self._on_event = handler
+        self.children: dict[str, Child] = {}
         self._stop = asyncio.Event()
+        self._has_stopped = False
+        self.add(specs)
+
+    def add(self, specs: tuple[ChildSpec, ...]) -> None:
+        """Take further children, which the next `start` starts after those that run."""
+        self.children |= {spec.name: Child(spec, self._on_event) for spec in specs}
 
     async def start(self, on_progress: Callable[[str, float], None] | None = None) -> None:
-        """Start all; return when all are ready.
+        """Start those that do not run yet; return when all of them that are awaited are ready.
 
         Args:
             on_progress: Called about ten times a second with the child that is waited for and the seconds so far.
@@ -43,7 +50,9 @@ class Supervisor:
         """
         become_subreaper()
         loop = asyncio.get_running_loop()
-        for name, child in self.children.items():
+        waiting = {name: child for name, child in self.children.items() if not child.is_started}
+        awaited = {name: child for name, child in waiting.items() if child.spec.awaited}
+        for name, child in awaited.items():
             child.start()
             start_s = loop.time()
             while not child.is_ready.is_set():
@@ -57,6 +66,9 @@ class Supervisor:
                 if on_progress is not None:
                     on_progress(name, loop.time() - start_s)
                 await asyncio.sleep(POLL_S)
+        for name, child in waiting.items():
+            if name not in awaited:
+                child.start()
 
     def request_stop(self) -> None:
         """Make `run` return; what a signal handler calls."""
@@ -87,6 +99,9 @@ class Supervisor:
     async def stop(self) -> None:
         """Stop all: those with `stops_first`, then the last started first. No process is left when this returns."""
         self._stop.set()
+        if self._has_stopped:
+            return
+        self._has_stopped = True
         last_first = reversed(self.children.values())
         for child in sorted(last_first, key=lambda child: not child.spec.stops_first):
             await child.stop()

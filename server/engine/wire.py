@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import orjson
@@ -10,9 +11,10 @@ from server.errors import ContextLengthError, EngineError, EngineUnavailableErro
 from server.types import Chat, Completion, Delta, Embedding, Usage
 
 if TYPE_CHECKING:
-    from server.types import ModelRequest, Prompt
+    from server.types import Conversation, ModelRequest, Prompt
 
 MAX_LINE_BYTES = 8 * 1024 * 1024
+BANS_FIELD = "strongroom_banned_tokens"  # what our logits processor in the engine reads
 PLAIN_STREAM_INTERVAL = 16  # a caller who does not stream does not need a chunk for each token
 
 # What may go to the engine beside what this file writes itself. Whatever a wire format lets through that is not here is
@@ -49,8 +51,12 @@ def build_request(
         body[name] = value
     body["stream"] = True
     body["stream_options"] = {"include_usage": True}
-    if cache_salt:
+    if cache_salt and prompt.conversation is None:
         body["cache_salt"] = cache_salt
+    if prompt.conversation is not None:
+        return "/v1/chat/completions", orjson.dumps(_plain_chat(body, payload, prompt.conversation, max_tokens))
+    if prompt.banned_ids:
+        body["vllm_xargs"] = {BANS_FIELD: list(prompt.banned_ids)}
     if isinstance(payload, Completion):
         body["prompt"] = prompt.token_ids
         body["max_tokens"] = max_tokens
@@ -60,20 +66,40 @@ def build_request(
         body["messages"] = []
         body["kv_transfer_params"] = {"prompt_token_ids": prompt.token_ids}
         body["max_completion_tokens"] = max_tokens
-        _add_tools(body, payload)
+        _add_tools(body, payload, list(payload.tools))
         path = "/v1/chat/completions"
     if not request.stream and not body.get("tools"):
         body["stream_interval"] = PLAIN_STREAM_INTERVAL
     return path, orjson.dumps(body)
 
 
-def _add_tools(body: dict[str, Any], chat: Chat) -> None:
+def _plain_chat(
+    body: dict[str, Any], payload: Chat | Completion, conversation: Conversation, max_tokens: int
+) -> dict[str, Any]:
+    """Return the body for an engine that is no vLLM of ours: nothing in it that only vLLM knows."""
+    body["messages"] = conversation.messages
+    body["max_tokens"] = max_tokens
+    if isinstance(payload, Chat):
+        _add_tools(body, payload, conversation.tools)
+    return body
+
+
+def without_mark(delta: Delta, mark: str) -> Delta:
+    """Return a delta as the client gets it: what quotes a control token comes back as it was sent."""
+    calls = delta.tool_calls
+    if calls:
+        calls = orjson.loads(orjson.dumps(calls).replace(mark.encode(), b""))
+    return replace(
+        delta, text=delta.text.replace(mark, ""), reasoning=delta.reasoning.replace(mark, ""), tool_calls=calls
+    )
+
+
+def _add_tools(body: dict[str, Any], chat: Chat, tools: list[dict[str, Any]]) -> None:
     if chat.response_format is not None:
         body["response_format"] = chat.response_format
     if not chat.tools:
         return
     choice = chat.tool_choice if chat.tool_choice is not None else "auto"
-    tools = list(chat.tools)
     if choice == "required" or isinstance(choice, dict):
         # Without `strict` vLLM fixes the name of a forced tool, but not its arguments.
         tools = [{**tool, "function": {**tool["function"], "strict": True}} for tool in tools]
@@ -93,10 +119,14 @@ class EventParser:
     def __init__(self, *, chat: bool) -> None:
         self.done = False
         self._to_delta = _chat_delta if chat else _text_delta
+        self._text_key = b'"content":' if chat else b'"text":'
         self._rest = b""
+        self._usage: Usage | None = None
+        # What stands before and after the text in the events of this stream; nearly all differ in nothing else.
+        self._frame = (b"", b"")
 
     def feed(self, data: bytes) -> list[Delta]:
-        """Return the deltas of all events that are whole now.
+        """Return the deltas of all events that are whole now; usage is the last of all, whatever engines repeat.
 
         Raises:
             EngineError: The engine reported an error, or sent what is no event.
@@ -108,24 +138,58 @@ class EventParser:
             raise EngineError("The engine sent an event beyond the limit.")
         deltas: list[Delta] = []
         to_delta = self._to_delta
+        head, tail = self._frame
+        start, stop = len(head), -len(tail)
         for line in lines:
-            if not line.startswith(b"data:"):  # blank lines, comments, event names
+            if not line:
+                continue
+            if head and line.startswith(head) and line.endswith(tail):
+                # Whole JSON strings only: anything else that fits between, such as one more field, fails to load.
+                try:
+                    text = orjson.loads(line[start:stop])
+                except orjson.JSONDecodeError:
+                    text = None
+                if text.__class__ is str:
+                    deltas.append(Delta(0, text))
+                    continue
+            if not line.startswith(b"data:"):  # comments, event names
                 continue
             if line.startswith(b"data: [DONE]"):
                 self.done = True
+                if self._usage is not None:
+                    deltas.append(Delta(usage=self._usage))
                 break
             try:
                 event = orjson.loads(line[5:])
                 choices = event.get("choices")
                 if choices:
                     deltas.extend([to_delta(choice) for choice in choices])
+                    if not head and len(choices) == 1:
+                        head, tail = self._learn(line, event, deltas[-1])
+                        start, stop = len(head), -len(tail)
                 if usage := event.get("usage"):
-                    deltas.append(Delta(usage=parse_usage(usage)))
+                    self._usage = parse_usage(usage)
             except (orjson.JSONDecodeError, AttributeError, KeyError, TypeError, ValueError) as err:
                 raise EngineError("The engine sent an event that could not be read.") from err
             if choices is None:
                 raise_refusal(event, status=500)
         return deltas
+
+    def _learn(self, line: bytes, event: dict[str, Any], delta: Delta) -> tuple[bytes, bytes]:
+        """Keep what stands around the text of a plain event: another text between makes another such event."""
+        spelled = self._text_key + orjson.dumps(delta.text)
+        before, found, after = line.partition(spelled)
+        # Not found: the text is spelled in another way, such as with escapes; a later event may do. An opening event,
+        # without text, says more than those that follow.
+        if (
+            found
+            and delta.text
+            and delta == Delta(0, delta.text)
+            and not event.get("usage")
+            and line.count(self._text_key) == 1
+        ):
+            self._frame = before + self._text_key, after
+        return self._frame
 
 
 def _chat_delta(choice: dict[str, Any]) -> Delta:
@@ -147,7 +211,11 @@ def _delta(choice: dict[str, Any], text: Any, reasoning: Any, calls: list[dict[s
         raise TypeError
     if finish_reason is not None and finish_reason.__class__ is not str:
         raise TypeError
-    return Delta(index, text, reasoning, calls, finish_reason, choice.get("logprobs"))
+    delta = Delta(index, text, reasoning, calls, finish_reason, choice.get("logprobs"))
+    if finish_reason is not None:
+        stop = choice.get("stop_reason")  # vLLM's own field; a number where a token ended the answer
+        delta.stop = stop if stop.__class__ is str else None
+    return delta
 
 
 def parse_usage(usage: dict[str, Any]) -> Usage:

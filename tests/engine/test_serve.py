@@ -1,8 +1,10 @@
 """The main job, as a newcomer runs it: `strongroom serve --prepare-embedded`, real vLLM, the real sealed model."""
 
+import base64
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -25,6 +27,7 @@ from server.sealed.shard import ShardReader
 from server.sealed.signature import TrustedSigner
 
 ROOT = Path(__file__).resolve().parents[2]
+CHAT, EMBEDDER = "smollm2-135m-instruct", "all-minilm-l6-v2"
 pytestmark = pytest.mark.timeout(900)
 
 
@@ -75,8 +78,8 @@ class Served:
     def entries(self):
         return [json.loads(entry) for _, entry in entries_from(self.state / "audit", 0)]
 
-    def tree(self) -> list[int]:
-        """All processes below `serve`."""
+    def tree(self, root: int | None = None) -> list[int]:
+        """All processes below `serve`, or below one of its own."""
         assert self.process is not None
         parents = {}
         for path in Path("/proc").glob("[0-9]*/stat"):
@@ -85,11 +88,22 @@ class Served:
             except OSError:
                 continue
             parents[int(path.parent.name)] = int(fields[1])
-        found, level = [], [self.process.pid]
+        found, level = [], [root or self.process.pid]
         while level:
             level = [pid for pid, parent in parents.items() if parent in level]
             found += level
         return found
+
+    def worker(self) -> int:
+        """The chat engine's worker; the embedding engine has one too."""
+        model = self.client["MODEL"].encode()
+        for pid in self.engine_pids():
+            if model in cmdline(pid):
+                below = self.tree(pid)
+                workers = [one for one in below if b"VLLM::Worker" in cmdline(one)]
+                if workers:
+                    return workers[0]
+        raise AssertionError("the chat engine has no worker")
 
     def engine_pids(self) -> list[int]:
         return [pid for pid in self.tree() if b"server.engine.vllm" in cmdline(pid) or b"VLLM::" in cmdline(pid)]
@@ -117,7 +131,7 @@ def served(tmp_path_factory):
 def tensor_run(state: Path) -> bytes:
     """64 bytes from the middle of a weight, decrypted here with the local key."""
     signer = TrustedSigner.load(state / "keys" / "model-signing.pem.pub")
-    model = open_sealed(next((state / "models").iterdir()), trusted_signers=[signer])
+    model = open_sealed(state / "models" / CHAT, trusted_signers=[signer])
     with unwrap_from_any(model.recipients, [LocalKMS(state / "keys" / "kms.key")], KeyContext.of(model.core)) as key:
         reader = ShardReader(model.path, model.weights[0], model.core, key.reveal())
         entry = max(reader.index.entries, key=lambda e: e.num_bytes)
@@ -144,6 +158,47 @@ def test_the_sdk_streams_from_the_env_file_alone(served):
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert shell.stdout.strip() == env["OPENAI_API_KEY"]
+
+
+def test_the_embedding_model_answers_beside_the_chat_model(served):
+    env = served.client
+    client = openai.OpenAI(base_url=env["OPENAI_BASE_URL"], api_key=env["OPENAI_API_KEY"], max_retries=0)
+    headers = {"authorization": f"Bearer {env['OPENAI_API_KEY']}"}
+    texts = ["def add(a, b): return a + b", "a function that sums two numbers", "The cat sleeps on the warm stone."]
+
+    def embed(model, form):
+        body = {"model": model, "input": texts, "encoding_format": form}
+        return httpx.post(env["OPENAI_BASE_URL"] + "/embeddings", json=body, headers=headers, timeout=60)
+
+    def up():
+        response = embed(env["EMBEDDING_MODEL"], "float")
+        assert response.status_code in (200, 503), response.text
+        return response.status_code == 200
+
+    wait_until(up, limit_s=600, pause_s=1)  # it is started last, and nothing waits for it
+    plain = embed(EMBEDDER, "float").json()
+    assert [item["index"] for item in plain["data"]] == [0, 1, 2]
+    code, words, cat = (item["embedding"] for item in plain["data"])
+    assert len(code) == 384
+
+    def cosine(a, b):
+        return sum(x * y for x, y in zip(a, b, strict=True))
+
+    assert cosine(code, code) == pytest.approx(1, abs=1e-2)  # they come normalised
+    assert cosine(code, words) > 0.4 > 0.2 > cosine(code, cat)
+    packed = embed("embedding", "base64").json()["data"][0]["embedding"]
+    values = struct.unpack("<384f", base64.b64decode(packed))
+    assert cosine(values, code) == pytest.approx(1, abs=1e-2)
+    by_sdk = client.embeddings.create(model=EMBEDDER, input=texts)  # asks for base64
+    assert cosine(by_sdk.data[2].embedding, cat) == pytest.approx(1, abs=1e-2)
+    assert plain["usage"]["prompt_tokens"] == by_sdk.usage.prompt_tokens > 20
+    assert served.chat(model=EMBEDDER).status_code == 400
+    assert served.chat().status_code == 200
+    long = httpx.post(
+        env["OPENAI_BASE_URL"] + "/embeddings", json={"model": EMBEDDER, "input": "word " * 400}, headers=headers
+    )
+    assert long.status_code == 400
+    assert long.json()["error"]["code"] == "context_length_exceeded"
 
 
 def test_no_tensor_stands_in_any_file(served, tmp_path_factory):
@@ -234,7 +289,7 @@ def test_a_killed_engine_is_answered_with_503_and_comes_back(served):
     thread = threading.Thread(target=ask)
     thread.start()
     time.sleep(3)
-    os.kill(next(pid for pid in served.engine_pids() if b"VLLM::Worker" in cmdline(pid)), signal.SIGKILL)
+    os.kill(served.worker(), signal.SIGKILL)
     thread.join(60)
     (result,) = results
     events = [line[6:] for line in result.text.splitlines() if line.startswith("data: ")]
@@ -247,7 +302,8 @@ def test_a_killed_engine_is_answered_with_503_and_comes_back(served):
     Verifier(served.state / "audit").verify()
     events = [entry["event"] for entry in served.entries()]
     assert "supervisor:engine:died" in events or "supervisor:engine:unhealthy" in events
-    assert events.count("weights:key:released") == 2
+    released = [e["model"] for e in served.entries() if e["event"] == "weights:key:released"]
+    assert sorted(released) == [EMBEDDER, CHAT, CHAT]
 
 
 def test_a_stop_leaves_no_process_and_a_flipped_bit_is_refused_by_name(served):
@@ -256,7 +312,7 @@ def test_a_stop_leaves_no_process_and_a_flipped_bit_is_refused_by_name(served):
     assert served.stop(signal.SIGINT) == 0
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), limit_s=10)
     Verifier(served.state / "audit").verify()
-    shard = next(next((served.state / "models").iterdir()).glob("*.sealed"))
+    shard = next((served.state / "models" / CHAT).glob("*.sealed"))
     with shard.open("r+b") as file:
         file.seek(shard.stat().st_size // 2)
         byte = file.read(1)

@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from server.auth.pepper import CacheSalt
 from server.engine.client import EngineClient, unix_address
 from server.engine.local import engine_paths, isolation_status
 from server.errors import EngineError, EngineUnavailableError, RequestError
+from server.template.vocabulary import Vocabulary
 from server.types import (
     Chat,
     Completion,
@@ -172,10 +174,12 @@ async def leave(client: EngineClient) -> None:
     await asyncio.sleep(0)  # the loop closes the sockets
 
 
-async def ask(client: EngineClient, payload: Payload = CHAT, *, max_tokens: int = 16, **fields: Any) -> list[Delta]:
+async def ask(
+    client: EngineClient, payload: Payload = CHAT, *, prompt: Prompt = PROMPT, max_tokens: int = 16, **fields: Any
+) -> list[Delta]:
     sampling = {"temperature": 0, **fields}
     request = ModelRequest(WireFormat.CHAT, "m", payload, sampling, stream=True)
-    stream = client.stream(PROMPT, request, max_tokens=max_tokens, cache_salt="s" * 43, request_id=RequestId("r"))
+    stream = client.stream(prompt, request, max_tokens=max_tokens, cache_salt="s" * 43, request_id=RequestId("r"))
     return [delta async for deltas in stream for delta in deltas]
 
 
@@ -279,6 +283,37 @@ async def test_a_refused_schema_leaves_no_text_in_the_log(client: EngineClient, 
     log = engine_paths(state_dir, "smollm2").log.read_text()
     assert "CANARY" not in log
     assert "VLLMValidationError" in log
+
+
+async def said(client: EngineClient, prompt: Prompt, **fields: Any) -> list[str]:
+    """The tokens of an answer, as the engine names them beside their probabilities."""
+    deltas = await ask(client, Completion("x"), prompt=prompt, logprobs=0, **fields)
+    return [token for delta in deltas if delta.logprobs for token in delta.logprobs["tokens"]]
+
+
+async def test_a_token_that_policy_bans_is_never_said(client: EngineClient, model_dir: Path, state_dir: Path) -> None:
+    """Not greedily, not where it is asked for by a bias, not by chance; other requests of the batch keep it."""
+    vocabulary = Vocabulary((model_dir / "tokenizer.json").read_bytes(), {})
+    fields = {"ignore_eos": True, "max_tokens": 24}
+    plain = await said(client, PROMPT, **fields)
+    words = {word for token in plain if (word := token.strip()).isalpha()}
+    assert len(words) > 3
+    banned = frozenset[int]().union(*(vocabulary.ids_of_word(word) for word in words))
+    assert len(banned) >= len(words)
+    without = replace(PROMPT, banned_ids=tuple(sorted(banned)))
+    bias = {str(token): 100 for token in sorted(banned)[:3]}
+    greedy, biased, drawn, beside = await asyncio.gather(
+        said(client, without, **fields),
+        said(client, without, logit_bias=bias, **fields),
+        said(client, without, **fields, temperature=1.5, seed=5),
+        said(client, PROMPT, **fields),
+    )
+    for tokens in (greedy, biased, drawn):
+        assert len(tokens) == 24
+        assert not words & {token.strip() for token in tokens}
+    assert beside == plain
+    wanted = {vocabulary.decode([int(token)]) for token in bias}
+    assert wanted & set(await said(client, PROMPT, logit_bias=bias, **fields))
 
 
 async def gauge(client: EngineClient, name: str) -> float:

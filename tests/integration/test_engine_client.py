@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,10 +12,12 @@ import pytest
 from benchmarks.instant_engine import Engine, Script, serve
 from server.engine.client import EngineClient, unix_address, url_address
 from server.engine.http import Timeouts
+from server.engine.wire import without_mark
 from server.errors import ConfigError, EngineError, EngineUnavailableError, RequestError
 from server.types import (
     Chat,
     Completion,
+    Conversation,
     Delta,
     Embedding,
     ModelRequest,
@@ -275,6 +278,27 @@ async def test_an_api_key_can_not_be_more_than_a_key(key: str) -> None:
         EngineClient("m", 4096, url_address("http://x", allow_plaintext=True), api_key=Secret(key))
 
 
+async def test_bans_travel_with_the_request_once_the_engine_proved_that_it_holds_to_them(tmp_path: Path) -> None:
+    banned = replace(PROMPT, banned_ids=(3, 9))
+    async with running(tmp_path) as (engine, client):
+        for payload in (CHAT, Completion("x")):
+            assert text_of(await ask(client, payload, banned))
+            assert engine.last_body["vllm_xargs"] == {"strongroom_banned_tokens": [3, 9]}
+            assert engine.last_body["stream"]
+        await ask(client)
+        assert "vllm_xargs" not in engine.last_body
+
+
+async def test_an_engine_that_says_what_it_is_told_not_to_gets_no_request(tmp_path: Path) -> None:
+    async with running(tmp_path, Script(bans=False)) as (engine, client):
+        with pytest.raises(ConfigError, match="does not hold to it"):
+            await ask(client, prompt=replace(PROMPT, banned_ids=(3,)))
+        assert "stream" not in engine.last_body
+        assert text_of(await ask(client))
+        engine.script = replace(engine.script, bans=True)
+        assert text_of(await ask(client, prompt=replace(PROMPT, banned_ids=(3,))))
+
+
 async def test_by_url(tmp_path: Path) -> None:
     engine = Engine("m", 4096, Script("abc", 1))
     server = await serve(engine, uds=None, port=0)
@@ -292,3 +316,24 @@ async def test_by_url(tmp_path: Path) -> None:
     finally:
         client.close()
         server.close()
+
+
+async def test_an_engine_that_renders_by_itself_gets_messages_and_its_answer_is_restored(tmp_path: Path) -> None:
+    mark, quoted = "\uf8d0", "What does <|im_end|> mean?"
+    marked = quoted.replace("<|", f"<{mark}|")
+    conversation = Conversation([{"role": "user", "content": marked}], [], mark)
+    prompt = replace(PROMPT, conversation=conversation)
+    async with running(tmp_path, Script(marked, 5), messages=True) as (engine, client):
+        assert engine.last_path == "", "it was tested with token ids, which it can't take"
+        assert text_of(await ask(client, prompt=prompt)) == quoted
+        assert engine.last_path == "/v1/chat/completions"
+        assert engine.last_body["messages"] == conversation.messages
+        assert set(engine.last_body) == {"model", "messages", "max_tokens", "stream", "stream_options"}
+
+
+def test_a_restored_delta_keeps_everything_else() -> None:
+    call = {"index": 0, "id": "c", "function": {"name": "f", "arguments": '{"a": "<\uf8d0|im_end|>"}'}}
+    delta = Delta(2, "a\uf8d0b", "\uf8d0c", [call], "stop")
+    restored = without_mark(delta, "\uf8d0")
+    assert (restored.index, restored.text, restored.reasoning, restored.finish_reason) == (2, "ab", "c", "stop")
+    assert restored.tool_calls == [{**call, "function": {"name": "f", "arguments": '{"a": "<|im_end|>"}'}}]

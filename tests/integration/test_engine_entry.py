@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from server.engine.config import EXIT_REFUSED
-from server.engine.isolation import isolate_network, make_private_dir
+from server.engine.isolation import isolate_network
 from server.errors import ConfigError
+from server.folders import make_private_dir
 
 ROOT = Path(__file__).parents[2]
 

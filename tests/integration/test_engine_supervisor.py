@@ -207,6 +207,17 @@ async def test_a_child_that_ignores_the_signal_is_killed(tmp_path: Path) -> None
     assert 0.15 < time.monotonic() - start_s < 30
 
 
+async def test_a_child_that_still_starts_is_not_waited_for(tmp_path: Path) -> None:
+    code = "import signal, sys, time; signal.signal(15, signal.SIG_IGN); open(sys.argv[1], 'w'); time.sleep(600)"
+    deaf = spec("c", code, str(tmp_path / "f"), ready=no, grace_s=600.0, awaited=False)
+    supervisor = Supervisor((deaf,))
+    await supervisor.start()
+    async with asyncio.timeout(60):
+        while not await exists(tmp_path / "f")():  # noqa: ASYNC110 - another process makes it
+            await asyncio.sleep(0.01)
+        await supervisor.stop()
+
+
 async def test_a_failing_health_check_restarts_the_whole_tree(tmp_path: Path) -> None:
     healthy = asyncio.Event()
     healthy.set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import pytest
 
 from server.engine.config import EngineConfig, build_engine_argv, engine_environment, refuse_weakening
-from server.engine.local import engine_paths, runtime_dir
+from server.engine.local import engine_paths
 from server.errors import ConfigError
+from server.folders import runtime_dir
 
 CONFIG = EngineConfig("smollm2", Path("/models/m"), 4096, manifest_sha256="ab" * 32)
 SOCKET = Path("/run/e.sock")
@@ -59,6 +61,14 @@ def test_argv_of_options() -> None:
     assert value_of(argv, "--reasoning-parser") == "qwen3"
     assert value_of(argv, "--max-loras") == "3"
     assert {"--enforce-eager", "--enable-chunked-prefill", "--no-enable-prefix-caching"} <= set(argv)
+
+
+def test_blocks_on_a_cpu_are_small_so_that_a_template_is_cached_nearly_whole() -> None:
+    on_cpu = replace(CONFIG, kv_cache_gb=1)
+    assert value_of(build_engine_argv(on_cpu, SOCKET), "--block-size") == "32"
+    chosen = build_engine_argv(replace(on_cpu, extra_args={"--block-size": "64"}), SOCKET)
+    assert [value for option, value in itertools.pairwise(chosen) if option == "--block-size"] == ["64"]
+    assert "--block-size" not in build_engine_argv(replace(CONFIG, kv_cache_gb=None), SOCKET)
 
 
 def test_argv_of_an_embedding_model() -> None:
