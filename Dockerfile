@@ -9,7 +9,8 @@ FROM python:3.12.12-slim-bookworm AS base
 ENV PYTHONSAFEPATH=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
-    PATH=/opt/strongroom/bin:$PATH
+    PATH=/opt/strongroom/bin:$PATH \
+    STRONGROOM_GUARD_RULES=/etc/strongroom/guard/rules
 
 # What runs. The compiler is for the kernels that torch and triton build at start. No version is pinned: the Debian
 # release that the base names keeps only the newest.

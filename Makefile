@@ -42,7 +42,8 @@ test-gpu: setup-test ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
 test-clients: setup-test ## agents and assistants driven for real against the real engine
-	$(BIN)/python -m pytest -m clients --timeout 1800
+	$(BIN)/python -m tests.clients.install
+	CLIENTS_TABLE=write $(BIN)/python -m pytest -m "clients or shows" --timeout 1800
 
 fmt: ## format
 	$(BIN)/ruff check --fix-only --quiet .
@@ -82,5 +83,6 @@ check: ## exactly what CI runs
 	sh .ci/run
 
 clean: ## remove what was built here; STATE is left alone
-	rm -rf .venv .setup.lock build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache tests/node/node_modules
+	rm -rf .venv .setup.lock build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache tests/node/node_modules \
+	tests/clients/.venvs tests/clients/node/node_modules
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,7 +16,7 @@ from server.audit.checkpoint import new_audit_key
 from server.auth.key_admin import KeyAdmin, KeySpec
 from server.auth.pepper import load_pepper, new_pepper, new_secret
 from server.errors import ConfigError
-from server.sealed.embedded import MODEL_ID as EMBEDDED_MODEL_ID
+from server.sealed.embedded import EMBEDDED, LICENCE, load_embedded
 from server.sealed.kms.local import LocalKMS, create_key_file
 from server.sealed.signature import LocalSigner, create_signing_key
 from server.store.database import Store
@@ -70,7 +70,7 @@ def prepare_secrets(settings: Settings) -> None:
     for name in ("cache-salt", "audit-text"):
         if not (keys / name).exists():
             new_secret(keys / name)
-    if not (keys / "audit.key").exists():
+    if settings.audit.key is None and not (keys / "audit.key").exists():
         new_audit_key(keys / "audit.key", name=settings.audit.origin)
 
 
@@ -91,12 +91,12 @@ def prepare_embedded(settings: Settings, say: Callable[[str], None]) -> None:
     for model in settings.models:
         if model.path.exists() or model.engine.kind != "vllm":
             continue
-        if model.id != EMBEDDED_MODEL_ID:  # never the embedded model's weights under another model's name
+        if model.id not in EMBEDDED:  # never an embedded model's weights under another model's name
             raise ConfigError(
                 f"The model {model.id} is not at {model.path}. Seal it there (strongroom seal), or take it out of the "
-                f"configuration; only {EMBEDDED_MODEL_ID} can be made from a package."
+                f"configuration; only {' and '.join(EMBEDDED)} can be made from packages."
             )
-        say(f"sealing the embedded model {model.id} (about half a minute)")
+        say(f"sealing the embedded model {model.id} (the chat model takes about half a minute)")
         command = [
             sys.executable,
             "-P",
@@ -122,7 +122,8 @@ def prepare_clients(settings: Settings, record: Callable[..., Any]) -> None:
         settings: The settings.
         record: Puts the creation on the audit log; durable on return.
     """
-    model = settings.models[0].id if settings.models else ""
+    chat = next((model.id for model in settings.models if model.engine.runner == "generate"), "")
+    embedder = next((model.id for model in settings.models if model.engine.runner == "pooling"), "")
     host = settings.public.host if ":" not in settings.public.host else f"[{settings.public.host}]"
     scheme = "https" if settings.public.tls else "http"
     _write_env(
@@ -133,7 +134,8 @@ def prepare_clients(settings: Settings, record: Callable[..., Any]) -> None:
         {
             "OPENAI_BASE_URL": f"{scheme}://{host}:{settings.public.port}/v1",
             "OPENAI_API_KEY": "",
-            "MODEL": model,
+            "MODEL": chat,
+            **({"EMBEDDING_MODEL": embedder} if embedder else {}),
         },
     )
     _write_env(
@@ -184,7 +186,6 @@ def read_env(path: Path) -> dict[str, str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Convert and seal one embedded model; what `prepare_embedded` runs."""
-    from server.sealed.embedded import load_embedded
     from server.sealed.seal import seal_model
 
     parser = argparse.ArgumentParser(prog="python -m server.bootstrap", description=main.__doc__)
@@ -194,14 +195,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--signer", type=Path, required=True)
     args = parser.parse_args(argv)
     seal_model(
-        load_embedded(),
+        load_embedded(args.model_id),
         args.out,
         model_id=args.model_id,
         version=1,
         services=[LocalKMS(args.kms)],
         signer=LocalSigner.load(args.signer),
         lineage={"source": "embedded package"},
-        licence="Apache-2.0",
+        licence=LICENCE,
     )
     return 0
 

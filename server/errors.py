@@ -10,6 +10,7 @@
     │  ├─ MethodNotAllowedError     405
     │  ├─ RequestTimeoutError       408  the body did not arrive in time
     │  ├─ ConflictError             409  the object is in another state
+    │  ├─ SupersededError           410  a newer request of the caller made this one useless
     │  ├─ PayloadTooLargeError      413  the body passes a limit
     │  ├─ UnsupportedMediaTypeError 415  the body is not JSON
     │  ├─ ContextLengthError        400  the prompt does not fit the model
@@ -137,6 +138,22 @@ class ConflictError(RequestError):
     status = 409
 
 
+class SupersededError(RequestError):
+    """A newer completion of the same caller, at the same place of the same text, made this one useless.
+
+    410, because no client tries it again, as they do after 409 and 429: a stale request would come back and make the
+    newer one stale.
+    """
+
+    code = "superseded"
+    status = 410
+
+    def __init__(self) -> None:
+        super().__init__(
+            "A newer completion request of yours for the same place in the text came in, so this one was ended."
+        )
+
+
 class PayloadTooLargeError(RequestError):
     """The body passes the configured limit."""
 
@@ -165,7 +182,7 @@ class ContextLengthError(RequestError):
         # Clients match these words (LiteLLM, LangChain, Cline, Continue); see docs/clients.md.
         super().__init__(
             f"This model's maximum context length is {limit_tokens} tokens. However, your request came to "
-            f"{prompt_tokens} tokens, security template included. Please shorten the prompt.",
+            f"{prompt_tokens} tokens, security template included: the prompt is too long. Please shorten it.",
             param="messages",
         )
 
@@ -213,9 +230,14 @@ class EngineUnavailableError(UnavailableError):
 
 
 class AuditUnavailableError(UnavailableError):
-    """The audit log cannot be written; nothing is answered until it can."""
+    """The audit log cannot be written; nothing is answered until it can.
+
+    Attributes:
+        is_refusal: Whether the writer would refuse this entry always, as one that ends what is not open.
+    """
 
     code = "audit_unavailable"
+    is_refusal = False
 
 
 class EngineError(StrongroomError):

@@ -13,8 +13,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from server.errors import AuthenticationError, PermissionDeniedError
-from server.types import Chat, Delta, Outcome
+from server.errors import AuthenticationError, PermissionDeniedError, UnavailableError
+from server.types import Chat, Delta, Outcome, Usage
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -35,8 +35,12 @@ class Call:
     client: Client
     read: Callable[[], Awaitable[ModelRequest]]
     request: ModelRequest | None = None
+    prompt_tokens: int = 0
     model_id: str = ""
     headers: dict[str, str] = field(default_factory=dict)
+    principal: Principal | None = None
+    may_store: bool = False
+    is_whole: bool = False
     outcome: Outcome = field(default_factory=Outcome)
 
 
@@ -62,15 +66,21 @@ def follow_up(
         prompt = await model.render(again, obligations, principal)
         max_tokens = model.clamp(again, prompt, obligations)
         text: list[str] = []
+        spent: Usage | None = None
         deltas = model.stream(prompt, again, max_tokens=max_tokens, principal=principal, request_id=call.id)
-        async with aclosing(deltas):
-            async for batch in deltas:
-                for delta in batch:
-                    if delta.index == 0:
-                        text.append(delta.text)
-                    if delta.usage is not None:
-                        call.outcome.extra_usage.add(delta.usage)
-        return "".join(text)
+        try:
+            async with aclosing(deltas):
+                async for batch in deltas:
+                    for delta in batch:
+                        text.append(delta.text if delta.index == 0 else "")
+                        spent = delta.usage or spent
+        except UnavailableError:
+            spent = spent or (None if text else Usage())  # an engine that did not answer computed nothing
+            raise
+        finally:  # a caller who leaves now has cost it all the same
+            said = "".join(text)
+            call.outcome.extra_usage.add(spent or Usage.of_cut_off(prompt.num_tokens, len(text), len(said)))
+        return said
 
     return ask
 
@@ -96,9 +106,10 @@ class Pipeline:
         Raises:
             StrongroomError: Whatever refused or failed; it is on record by then.
         """
-        async with self.audit.open(call.id, call.wire_format, call.route, call.client) as record:
+        async with self.audit.open(call.id, call.wire_format, call.route, call.client, call.outcome) as record:
             principal = await self.auth.authenticate(call.credentials, call.client)
             record.identify(principal)
+            call.principal = principal
             request = await call.read()
             model = self.models.find(request.model)
             call.model_id = model.id
@@ -107,39 +118,48 @@ class Pipeline:
             record.decide(decision, request)
             if not decision.allowed:
                 raise PermissionDeniedError(decision.reason)
+            call.may_store = decision.obligations.store_responses
             request, scan = await self.guard.admit(request, decision.obligations)
             prompt = await model.render(request, decision.obligations, principal)
             max_tokens = model.clamp(request, prompt, decision.obligations)
-            call.request = request
+            call.request, call.prompt_tokens = request, prompt.num_tokens
             async with self.limits.reserve(
                 principal, request, prompt_tokens=prompt.num_tokens, max_tokens=max_tokens
             ) as reservation:
-                index = await record.accept(prompt, scan, model.describe(request, max_tokens))
+                await record.accept(prompt, scan, model.describe(request, max_tokens))
+                deltas = reservation.watch(
+                    model.stream(prompt, request, max_tokens=max_tokens, principal=principal, request_id=call.id),
+                    call.outcome,
+                )
+                ask = follow_up(model, request, decision.obligations, principal, call)
+                released = self.guard.release(deltas, request, decision.obligations, call.outcome, ask=ask)
                 call.headers |= reservation.headers
                 call.headers |= {
                     "x-strongroom-template": f"{prompt.template.id}@{prompt.template.version}",
                     "x-strongroom-template-digest": prompt.template.digest,
                     "x-strongroom-input-scan": scan.state,
-                    "x-strongroom-audit-index": str(index),
+                    "x-strongroom-audit-index": str(await record.durable()),  # before it the engine gets nothing
                 }
-                deltas = reservation.watch(
-                    model.stream(prompt, request, max_tokens=max_tokens, principal=principal, request_id=call.id)
-                )
-                ask = follow_up(model, request, decision.obligations, principal, call)
-                released = self.guard.release(deltas, request, decision.obligations, call.outcome, ask=ask)
+                ready: list[Delta] = []
                 last: list[Delta] = []
                 async with aclosing(deltas), aclosing(released):
                     async for batch in released:
                         if self.auth.is_revoked(principal):
                             raise AuthenticationError("revoked while the answer was running")
                         record.count(batch)
-                        ready = [delta for delta in batch if delta.finish_reason is None and delta.usage is None]
+                        ready += [delta for delta in batch if delta.finish_reason is None and delta.usage is None]
                         if len(ready) < len(batch):
                             last += [d for d in batch if d.finish_reason is not None or d.usage is not None]
-                            call.outcome.absorb(last)
-                        if ready:
+                        if ready and not (last and last[-1].usage):  # usage comes last: what is ready waits for no more
                             yield ready
+                            ready = []
                 call.outcome.status = "completed"
                 reservation.settle(call.outcome)
                 await record.finish(call.outcome)
+                if ready:
+                    yield ready  # while the log's disk is at work
+                await record.durable()
+                if call.outcome.code:
+                    self.guard.look_deeper(call.id, call.outcome.code)
+            call.is_whole = True
             yield last

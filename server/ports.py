@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
     from contextlib import AbstractAsyncContextManager
 
@@ -37,7 +38,11 @@ class Authenticator(Protocol):
         ...
 
     def is_revoked(self, principal: Principal) -> bool:
-        """Whether the credential behind `principal` was revoked or ran out since; asked while a stream runs."""
+        """Whether the credential behind `principal` was revoked or ran out since; asked while a stream runs.
+
+        Raises:
+            UnavailableError: It can't be told.
+        """
         ...
 
 
@@ -68,8 +73,11 @@ class Reservation(Protocol):
 
     headers: dict[str, str]
 
-    def watch(self, deltas: AsyncGenerator[list[Delta], None]) -> AsyncGenerator[list[Delta], None]:
-        """Yield what the engine says and count it, so that an answer that is never settled is charged all the same."""
+    def watch(self, deltas: AsyncGenerator[list[Delta], None], outcome: Outcome) -> AsyncGenerator[list[Delta], None]:
+        """Yield what the engine says and count it, so that an answer that is never settled is charged all the same.
+
+        What is charged then stands in `outcome`, so that log, metrics and usage say the same.
+        """
         ...
 
     def settle(self, outcome: Outcome) -> None:
@@ -119,6 +127,10 @@ class Guard(Protocol):
         """
         ...
 
+    def look_deeper(self, request_id: str, blocks: tuple[tuple[str, str | None], ...]) -> None:
+        """Have the code of an answer that has ended scanned again, later, for a record of its own; returns at once."""
+        ...
+
 
 class Engine(Protocol):
     """One model's engine, local or remote."""
@@ -134,7 +146,9 @@ class Engine(Protocol):
     def stream(
         self, prompt: Prompt, request: ModelRequest, *, max_tokens: int, cache_salt: str, request_id: RequestId
     ) -> AsyncGenerator[list[Delta], None]:
-        """Yield what the engine says, a list for each read of its socket; closing the generator aborts the request.
+        """Return what the engine says, a list for each read of its socket; closing the generator aborts the request.
+
+        Nothing goes to the engine before the first list is asked for; usage comes last, with the answer's end.
 
         Raises:
             EngineUnavailableError: The engine is not ready.
@@ -201,8 +215,16 @@ class Record(Protocol):
         """Note what was asked and what policy said."""
         ...
 
-    async def accept(self, prompt: Prompt, scan: ScanReport, effective: dict[str, Any]) -> int:
-        """Make the accepted record durable; return its index in the log.
+    async def accept(self, prompt: Prompt, scan: ScanReport, effective: dict[str, Any]) -> None:
+        """Send the accepted record to the log; `durable` says when it is there.
+
+        Raises:
+            AuditUnavailableError: The log cannot be written.
+        """
+        ...
+
+    async def durable(self) -> int:
+        """Wait until what was sent last is durable; return its index in the log.
 
         Raises:
             AuditUnavailableError: The log cannot be written.
@@ -213,8 +235,8 @@ class Record(Protocol):
         """Note what was released."""
         ...
 
-    async def finish(self, outcome: Outcome) -> int:
-        """Make the outcome durable; return its index in the log.
+    async def finish(self, outcome: Outcome) -> None:
+        """Send the outcome to the log; `durable` says when it is there.
 
         Raises:
             AuditUnavailableError: The log cannot be written.
@@ -226,7 +248,7 @@ class Audit(Protocol):
     """Opens a record for every request."""
 
     def open(
-        self, request_id: RequestId, wire_format: WireFormat, route: str, client: Client
+        self, request_id: RequestId, wire_format: WireFormat, route: str, client: Client, outcome: Outcome
     ) -> AbstractAsyncContextManager[Record]:
         """Return a context that writes the outcome on exit, whatever ended the request."""
         ...
@@ -235,8 +257,8 @@ class Audit(Protocol):
 class AuditAppender(Protocol):
     """Where records become durable."""
 
-    async def append(self, entry: dict[str, Any]) -> int:
-        """Return the entry's index in the log, once it is durable.
+    def submit(self, entry: dict[str, Any]) -> asyncio.Future[int]:
+        """Send an entry; the future has its index in the log once it is durable, or an `AuditUnavailableError`.
 
         Raises:
             AuditUnavailableError: The log cannot be written.

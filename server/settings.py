@@ -5,19 +5,18 @@ Every setting stands with its default and meaning in `configs/strongroom.yaml`; 
 
 from __future__ import annotations
 
-import hashlib
-import os
-import tempfile
+import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from server.errors import ConfigError
+from server.folders import make_runtime_dir
 
-MAX_SOCKET_PATH_BYTES = 108
-"""`sun_path` of a unix socket on Linux, its closing NUL included."""
+RUN_SETTINGS_NAME: Final = "run-settings.json"
+"""In the state folder: the settings that the server last ran with, resolved, for the gateway and for commands."""
 
 
 class _Section(BaseModel):
@@ -78,7 +77,9 @@ class EngineSettings(_Section):
     kind: Literal["vllm", "remote"] = "vllm"
     url: str | None = None
     ca: Path | None = None
+    prompts: Literal["ids", "messages"] = "ids"
     runner: Literal["generate", "pooling"] = "generate"
+    pooling: Literal["mean", "cls", "last"] | None = None
     max_model_len: int | None = Field(default=None, ge=16)
     dtype: str = "auto"
     quantization: str | None = None
@@ -99,6 +100,16 @@ class EngineSettings(_Section):
     start_timeout_s: float = Field(default=900.0, gt=0)
 
 
+class AdapterSettings(_Section):
+    """One LoRA adapter of a model, served as a model of its own by the same engine."""
+
+    id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,95}$")
+    path: Path | None = None
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    aliases: tuple[str, ...] = ()
+    stage: Literal["candidate", "canary", "live"] = "live"
+
+
 class ModelSettings(_Section):
     """One model behind the address: which sealed folder, under which names, on which engine."""
 
@@ -111,6 +122,8 @@ class ModelSettings(_Section):
     fim: str | None = None
     chat_template: Path | None = None
     accept_shared_turn: bool = False
+    optional: bool = False
+    adapters: tuple[AdapterSettings, ...] = ()
     engine: EngineSettings = EngineSettings()
 
 
@@ -141,8 +154,11 @@ class TemplateSettings(_Section):
 class GuardSettings(_Section):
     """The scanners' workers and rules."""
 
+    directory: Path = Path("guard")
     num_workers: int = Field(default=1, ge=1, le=64)
     scan_timeout_ms: int = Field(default=2000, ge=1)
+    deeper: Path | None = None
+    deeper_timeout_ms: int = Field(default=60_000, ge=1000)
 
 
 class ExportSettings(_Section):
@@ -154,21 +170,39 @@ class ExportSettings(_Section):
     certificate: Path | None = None
 
 
+class WitnessSettings(_Section):
+    """One witness on another host, which is asked to cosign the log's checkpoints."""
+
+    url: str = Field(pattern=r"https?://.+")
+    key: str
+
+
 class AuditSettings(_Section):
     """The log's name and pace."""
 
     origin: str = "strongroom.local/audit"
+    key: str | None = Field(default=None, pattern=r"pkcs11:.+")
     heartbeat_s: float = Field(default=60.0, gt=0)
     append_timeout_s: float = Field(default=10.0, gt=0)
     exports: tuple[ExportSettings, ...] = ()
+    witnesses: tuple[WitnessSettings, ...] = ()
+    witness_ca: Path | None = None
+    witness_interval_s: float = Field(default=60.0, gt=0)
 
 
 class LimitSettings(_Section):
     """What belongs to the machine; limits and prices stand in the policy folder's `limits.yaml`."""
 
     max_running: int = Field(default=256, ge=1)
+    max_completions: int = Field(default=64, ge=1)
     file: Path | None = None
     redis_url: str | None = None
+
+
+class ResponseSettings(_Section):
+    """Stored responses; whose are stored at all is policy's to say (`@store_responses`)."""
+
+    keep_days: int = Field(default=30, ge=1, le=3650)
 
 
 class StoreSettings(_Section):
@@ -192,6 +226,7 @@ class Settings(_Section):
     audit: AuditSettings = AuditSettings()
     limits: LimitSettings = LimitSettings()
     store: StoreSettings = StoreSettings()
+    responses: ResponseSettings = ResponseSettings()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @property
@@ -212,7 +247,7 @@ class Settings(_Section):
     @property
     def audit_socket(self) -> Path:
         """Where the audit writer listens."""
-        return run_dir(self.state) / "audit.sock"
+        return make_runtime_dir(self.state) / "audit.sock"
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -277,17 +312,29 @@ def parse_settings(raw: dict[str, Any], *, base: Path) -> Settings:
         first = err.errors(include_url=False, include_input=False)[0]
         name = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"Setting {name!r}: {first['msg']}. See configs/strongroom.yaml for every setting.") from err
+    if settings.admin.tls is not None and settings.admin.tls.revoked is not None:
+        raise ConfigError(
+            "Setting 'admin.tls.revoked' would not be read: certificates stand for nobody there. Unset it."
+        )
     state = settings.state.expanduser().absolute()
-    models = tuple(m.model_copy(update={"path": _under(state, m.path)}) for m in settings.models)
+    models = tuple(_place_model(model, state) for model in settings.models)
     names = [name for model in models for name in (model.id, *model.aliases)]
+    names += [name for model in models for adapter in model.adapters for name in (adapter.id, *adapter.aliases)]
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"Two models answer to the name {name!r}; ids and aliases must differ.")
+    for model in models:
+        engine = model.engine
+        if engine.prompts == "messages" and (engine.kind != "remote" or engine.runner != "generate"):
+            raise ConfigError(
+                f"Model {model.id!r}: 'prompts: messages' is for remote engines that generate text; ours take ids."
+            )
     return settings.model_copy(
         update={
             "state": state,
             "models": models,
             "policy": settings.policy.model_copy(update={"directory": _under(base, settings.policy.directory)}),
+            "guard": settings.guard.model_copy(update={"directory": _under(base, settings.guard.directory)}),
             "templates": settings.templates.model_copy(
                 update={"directory": _under(base, settings.templates.directory)}
             ),
@@ -295,27 +342,44 @@ def parse_settings(raw: dict[str, Any], *, base: Path) -> Settings:
     )
 
 
+def _place_model(model: ModelSettings, state: Path) -> ModelSettings:
+    """Return the model with its folders below the state folder.
+
+    Raises:
+        ConfigError: An adapter of a local engine has no folder.
+    """
+    for adapter in model.adapters:
+        if adapter.path is None and model.engine.kind == "vllm":
+            raise ConfigError(f"The adapter {adapter.id!r} of an engine on this machine needs a path.")
+    adapters = tuple(
+        adapter if adapter.path is None else adapter.model_copy(update={"path": _under(state, adapter.path)})
+        for adapter in model.adapters
+    )
+    return model.model_copy(update={"path": _under(state, model.path), "adapters": adapters})
+
+
 def _under(base: Path, path: Path) -> Path:
     return path if path.is_absolute() else base / path
 
 
-def run_dir(state: Path) -> Path:
-    """Folder of this state's sockets, made with mode 0700.
+def find_store_url(state: Path, named: str | None = None) -> str:
+    """Return the address of the store that the server of a state folder uses, for a command beside it.
 
-    It is `STATE/run` where the socket paths below it fit the kernel's limit; otherwise a folder named after the state
-    in the temporary folder, refused when somebody else owns it.
+    A command must not take an empty store of its own for the server's: it would find no floor and no key there.
+
+    Args:
+        state: The state folder.
+        named: The address, where the caller was given it.
 
     Raises:
-        ConfigError: The folder belongs to another user.
+        ConfigError: The server's own note of its settings is damaged.
     """
-    path = state / "run"
-    if len(str(path / "engine-00000000" / "api.sock").encode()) >= MAX_SOCKET_PATH_BYTES:
-        digest = hashlib.sha256(str(state).encode()).hexdigest()[:12]
-        path = Path(tempfile.gettempdir()) / f"strongroom-{os.getuid()}-{digest}"
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    info = path.lstat()
-    if info.st_uid != os.getuid() or path.is_symlink():
-        raise ConfigError(f"{path} belongs to another user; remove it, or set a shorter state folder.")
-    if info.st_mode & 0o077:
-        path.chmod(0o700)
-    return path
+    if named is not None:
+        return named
+    note = state / RUN_SETTINGS_NAME
+    try:
+        return parse_settings(json.loads(note.read_text(encoding="utf-8")), base=Path("/")).store_url
+    except FileNotFoundError:
+        return Settings(state=state).store_url  # not started yet: nobody has named another
+    except (OSError, ValueError) as err:
+        raise ConfigError(f"{note} can't be read ({type(err).__name__}); start the server, or use --store.") from err

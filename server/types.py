@@ -133,6 +133,19 @@ Payload = Chat | Completion | Embedding
 
 
 @dataclass(frozen=True, slots=True)
+class Continuation:
+    """How a request of a format with stored answers belongs to them.
+
+    `previous` is the answer that this one follows; `store` says that the caller wants this one kept; the first
+    `num_instructions` messages are for this request alone and do not go on to the next.
+    """
+
+    previous: str | None = None
+    store: bool = False
+    num_instructions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class ModelRequest:
     """One request to a model, whatever its wire format.
 
@@ -151,6 +164,7 @@ class ModelRequest:
     cache_hint: str | None = None
     classification: str | None = None
     redactions: tuple[tuple[str, Secret], ...] = ()
+    continuation: Continuation | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +172,7 @@ class Obligations:
     """What a permit demands; read from the annotations of the policy that permitted.
 
     `templates` are composed in this order. `stand_in` names what applies where the wire format has no turns.
+    `ban_tokens` are spellings of tokens that no answer may have.
     """
 
     templates: tuple[str, ...] = ()
@@ -166,8 +181,10 @@ class Obligations:
     scan_output: ScanMode = ScanMode.ANNOTATE
     max_tokens: int | None = None
     tools_allowed: tuple[str, ...] | None = None
+    ban_tokens: tuple[str, ...] = ()
     audit_text: bool = False
     egress_findings: bool = True
+    store_responses: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,12 +208,22 @@ class TemplateRef:
 
 
 @dataclass(frozen=True, slots=True)
+class Conversation:
+    """A conversation for an engine that renders by itself. `mark` has to be taken out of its answer; empty for none."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]]
+    mark: str
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """What goes to the engine: token ids made by us, with the text they spell.
 
     `inputs` holds one list of ids an input where the request has several (embeddings); `token_ids` is empty then.
     `stand_in` names what stands in for the template where the wire format has no turns. `shadow` is the candidate that
-    a shadow roll-out would have put there; it is for the record only.
+    a shadow roll-out would have put there; it is for the record only. `conversation` is for engines that take no ids.
+    `banned_ids` are the tokens that policy bans from the answer.
     """
 
     text: str
@@ -205,6 +232,8 @@ class Prompt:
     stand_in: str | None = None
     inputs: tuple[list[int], ...] = ()
     shadow: TemplateRef | None = None
+    conversation: Conversation | None = None
+    banned_ids: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -249,6 +278,15 @@ class Usage:
     completion_tokens: int = 0
     cached_tokens: int = 0
 
+    @classmethod
+    def of_cut_off(cls, prompt_tokens: int, num_events: int, num_chars: int) -> Usage:
+        """Return what an answer has cost that the engine did not end, so that nobody counted it.
+
+        An event holds a token or, where nobody reads along or the engine guesses ahead, several: then four characters
+        are one, about what code comes to.
+        """
+        return cls(prompt_tokens, max(num_events, num_chars // 4))
+
     def add(self, other: Usage) -> None:
         """Add another count to this one."""
         self.prompt_tokens += other.prompt_tokens
@@ -267,6 +305,7 @@ class Delta:
     finish_reason: str | None = None
     logprobs: dict[str, Any] | None = None
     usage: Usage | None = None
+    stop: str | None = None  # of the caller's stop strings, the one that ended the answer
     embedding: list[float] | None = None
 
 
@@ -276,16 +315,20 @@ class Outcome:
 
     status: str = "failed"
     finish_reasons: dict[int, str] = field(default_factory=dict)
+    stops: dict[int, str] = field(default_factory=dict)
     usage: Usage = field(default_factory=Usage)
     extra_usage: Usage = field(default_factory=Usage)
     scan: ScanReport | None = None
     error_code: str | None = None
+    code: tuple[tuple[str, str | None], ...] = ()  # blocks and their languages, where a deeper engine wants them
 
     def absorb(self, deltas: list[Delta]) -> None:
         """Note the finish reasons and the usage that `deltas` carry."""
         for delta in deltas:
             if delta.finish_reason is not None:
                 self.finish_reasons[delta.index] = delta.finish_reason
+                if delta.stop is not None:
+                    self.stops[delta.index] = delta.stop
             if delta.usage is not None:
                 self.usage = delta.usage
                 self.usage.add(self.extra_usage)

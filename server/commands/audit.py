@@ -16,10 +16,11 @@ from urllib.parse import urlsplit
 
 from server.audit.checkpoint import COSIGNATURE_ED25519, NoteError, VerifierKey, load_audit_key, new_audit_key
 from server.audit.client import SyncAuditClient
+from server.audit.cosigned import Cosigner, WitnessAddress, WitnessError, WitnessState
 from server.audit.entry import EntryError, new_entry
 from server.audit.export.files import FileSink
 from server.audit.export.shapes import SHAPES
-from server.audit.export.ship import Shipper
+from server.audit.export.ship import OVERLAP, Shipper, shipped_up_to
 from server.audit.export.syslog import SyslogSink
 from server.audit.journal import JournalError
 from server.audit.merkle import ProofError
@@ -31,10 +32,10 @@ from server.audit.tail import follow, last_entries
 from server.audit.texts import TenantKeys, TextStore
 from server.audit.tiles import TileError
 from server.audit.verify import VerificationError, Verifier, describe
-from server.audit.witness import Witness, WitnessError, make_server, submit
+from server.audit.witness import Witness, make_server
 from server.auth.pepper import load_secret
 from server.errors import AuditLogError, AuditUnavailableError, ConfigError, NotFoundError
-from server.settings import run_dir
+from server.folders import make_runtime_dir
 
 if TYPE_CHECKING:
     import argparse
@@ -49,7 +50,7 @@ EPILOG = """examples:
   strongroom audit prove 4711 --out 4711.tlog-proof
   strongroom audit search --subject alice --since 2026-11-22 --finding CWE-89
   strongroom audit export --to syslog+tls://siem.example:6514 --ca ca.pem --format ocsf
-  strongroom audit witness --submit https://witness.example --key witness.vkey --every 60
+  strongroom audit witness --submit https://witness.example --key witness.vkey --every 60   (a server does it itself)
   strongroom audit prune --policy retention.json --yes
 """
 DEFAULT_DIRECTORY = Path(".strongroom/audit")
@@ -107,12 +108,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
     sub = verb("witness", _witness, "Be a witness of other hosts' logs, or have a log cosigned by one.")
     _add_directory(sub)
     sub.add_argument("--new-key", metavar="NAME", help="draw the witness's key into --key")
-    sub.add_argument("--key", help="the witness's private key file; with --submit its vkey")
+    sub.add_argument(
+        "--key",
+        action="append",
+        default=[],
+        help="the witness's private key file; with --submit, the vkey of each",
+    )
     sub.add_argument("--log", action="append", default=[], help="vkey of a log to watch; may be repeated")
     sub.add_argument("--state", type=Path, help="the witness's own folder")
     sub.add_argument("--listen", default="127.0.0.1:7380", help="HOST:PORT (default %(default)s)")
-    sub.add_argument("--submit", metavar="URL", help="have the log cosigned by the witness at this address")
+    sub.add_argument(
+        "--submit", action="append", default=[], metavar="URL", help="have the log cosigned there; may be repeated"
+    )
     sub.add_argument("--every", type=float, metavar="SECONDS", help="with --submit: go on, this often")
+    sub.add_argument("--ca", type=Path, help="with --submit https://…: PEM file of the authority that vouches for it")
+    sub.add_argument("--socket", type=Path, help="with --submit: the writer's socket, to put refusals on record")
 
     sub = verb("prune", _prune, "Drop the oldest entries as a written retention policy says; old proofs still verify.")
     _add_directory(sub)
@@ -252,7 +262,7 @@ def _search(args: argparse.Namespace) -> int:
 
 
 def _socket(args: argparse.Namespace) -> Path:
-    return Path(args.socket) if args.socket else run_dir(args.directory.absolute().parent) / "audit.sock"
+    return Path(args.socket) if args.socket else make_runtime_dir(args.directory.absolute().parent) / "audit.sock"
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -287,7 +297,9 @@ def _export(args: argparse.Namespace) -> int:
                 client.append(new_entry(event, receiver=target.hostname or target.path, next_index=index))
             client.close()
 
-    shipper = Shipper(args.directory, sink, cursor, on_state=on_state)
+    # A file is durable when it stands; what a syslog receiver acknowledged may have died with it.
+    overlap = 0 if isinstance(sink, FileSink) else OVERLAP
+    shipper = Shipper(args.directory, sink, cursor, overlap=overlap, on_state=on_state)
     signal.signal(signal.SIGTERM, lambda *_: shipper.stop())
     try:
         shipper.run(once=args.once)
@@ -301,17 +313,18 @@ def _export(args: argparse.Namespace) -> int:
 def _witness(args: argparse.Namespace) -> int:
     if args.submit:
         return _submit(args)
-    if args.key is None:
-        raise ConfigError("Give the witness's private key file with --key (make one with --new-key NAME).")
+    if len(args.key) != 1:
+        raise ConfigError("Give the witness's private key file with one --key (make one with --new-key NAME).")
+    key_path = Path(args.key[0])
     if args.new_key:
-        print(new_audit_key(Path(args.key), name=args.new_key, key_type=COSIGNATURE_ED25519))
+        print(new_audit_key(key_path, name=args.new_key, key_type=COSIGNATURE_ED25519))
         return 0
     if not args.log or args.state is None:
         raise ConfigError("A witness needs at least one --log VKEY and a --state folder.")
     host, _, port = args.listen.rpartition(":")
     if not host or not port.isdecimal():
         raise ConfigError(f"--listen must be HOST:PORT, not {args.listen!r}.")
-    witness = Witness(load_audit_key(Path(args.key)), tuple(_key(text) for text in args.log), args.state)
+    witness = Witness(load_audit_key(key_path), tuple(_key(text) for text in args.log), args.state)
     try:
         server = make_server(witness, host, int(port))
     except OSError as err:
@@ -322,22 +335,55 @@ def _witness(args: argparse.Namespace) -> int:
     return 0
 
 
+_WITNESS_EVENTS = {
+    WitnessState.COSIGNS: Event.WITNESS_RESUMED,
+    WitnessState.REFUSES: Event.WITNESS_REFUSED,
+    WitnessState.LOST: Event.WITNESS_LOST,
+}
+
+
 def _submit(args: argparse.Namespace) -> int:
-    if args.key is None:
-        raise ConfigError("Give the witness's public key with --key.")
-    while True:
-        try:
-            size = submit(args.directory, args.submit, _key(args.key))
-            print(f"{size} entries cosigned", flush=True)
-        except WitnessError as err:
-            raise AuditLogError(str(err)) from err
-        except (OSError, NoteError, TileError) as err:
+    if len(args.key) != len(args.submit):
+        raise ConfigError("Give each witness's public key: one --key for each --submit, in the same order.")
+    witnesses = tuple(WitnessAddress(url, _key(key), args.ca) for url, key in zip(args.submit, args.key, strict=True))
+
+    def on_state(witness: WitnessAddress, state: WitnessState, detail: str) -> None:
+        event, name = _WITNESS_EVENTS[state], witness.key.name
+        if state is not WitnessState.COSIGNS:
+            level = "critical" if state is WitnessState.REFUSES else "error"
+            line = {"level": level, "logger": "audit.witness", "message": str(event), "witness": name, "reason": detail}
+            sys.stderr.write(json.dumps(line) + "\n")
+        if args.socket is not None:
+            client = SyncAuditClient(args.socket)
+            with suppress(AuditUnavailableError):  # a log that can't be written says so itself
+                client.append(new_entry(event, witness=name, url=witness.url, reason=detail))
+            client.close()
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    cosigner = Cosigner(args.directory, witnesses, on_state=on_state)
+    with suppress(KeyboardInterrupt):
+        while True:
+            _submit_once(cosigner, goes_on=bool(args.every))
             if not args.every:
-                raise AuditLogError(f"The log could not be cosigned: {err}") from err
-            sys.stderr.write(f"not cosigned: {err}\n")
-        if not args.every:
-            return 0
-        time.sleep(args.every)
+                break
+            time.sleep(args.every)
+    return 0
+
+
+def _submit_once(cosigner: Cosigner, *, goes_on: bool) -> None:
+    try:
+        size, failures = cosigner.round()
+    except (OSError, NoteError) as err:
+        if not goes_on:
+            raise AuditLogError(f"The log could not be cosigned: {err}") from err
+        sys.stderr.write(f"not cosigned: {err}\n")
+        return
+    if failures and not goes_on:
+        name, failure = next(iter(failures.items()))
+        what = "" if isinstance(failure, WitnessError) else "The log could not be cosigned: "
+        raise AuditLogError(f"{what}{failure} ({name})") from failure
+    if not failures:
+        print(f"{size} entries cosigned", flush=True)
 
 
 def _text(args: argparse.Namespace) -> int:
@@ -373,6 +419,12 @@ def _refuse_to_store(_text: str) -> str:
 def _prune(args: argparse.Namespace) -> int:
     policy = RetentionPolicy.load(args.policy)
     planned = plan(args.directory, policy)
+    shipped = shipped_up_to(args.directory.absolute().parent / "export")
+    if shipped is not None and shipped < planned.minimum_index:
+        raise ConfigError(
+            f"A receiver has the log up to entry {shipped} only, the policy drops those below {planned.minimum_index}. "
+            "Let it catch up, or delete its cursor in the folder 'export' beside the log if it is gone for good."
+        )
     print(
         f"entries below {planned.minimum_index}: {len(planned.segments)} segments and {len(planned.bundles)} bundles"
         f" are older than {policy.keep_days} days"

@@ -13,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from server.errors import ConfigError
 from server.evaluation import ask, measure, report, sets
 from server.guard.scan import scan_code
+from server.pipelines import endpoint
+from server.sealed.embedded import MODEL_ID as EMBEDDED_MODEL_ID
 from server.template.registry import TemplateRegistry
 
 if TYPE_CHECKING:
@@ -81,12 +83,12 @@ def run(args: argparse.Namespace) -> int:
     )
     results["meta"] = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "models": {arm.name: arm.model for arm in arms},
+        "models": {arm.name: arm.endpoint.model for arm in arms},
         "num_seeds": args.seeds,
         "temperature": args.temperature,
         "max_tokens": args.max_tokens,
         "sets": names,
-        "note": args.note,
+        "note": " ".join(filter(None, (args.note, _small_model_note(arms)))),
         "failed": sum(bool(a.error) for a in answers),
     }
     (args.out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
@@ -102,12 +104,17 @@ def _parse_arm(text: str) -> ask.Arm:
     name, found, path = text.partition("=")
     if not found or not name:
         raise ConfigError(f"--arm takes NAME=ENV-FILE, not {text!r}.")
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as err:
-        raise ConfigError(f"The env file {path} can't be read. 'strongroom serve' writes client.env.") from err
-    pairs = (line.partition("=") for line in lines if "=" in line and not line.startswith("#"))
-    return ask.parse_arm(name, {key.strip(): value.strip() for key, _, value in pairs})
+    return ask.Arm(name, endpoint.parse(endpoint.read_env(Path(path)), f"arm {name!r}"))
+
+
+def _small_model_note(arms: list[ask.Arm]) -> str:
+    """Say so where the answers are the embedded model's: its numbers show that the measurement works, and no more."""
+    if all(arm.endpoint.model != EMBEDDED_MODEL_ID for arm in arms):
+        return ""
+    return (
+        f"{EMBEDDED_MODEL_ID} has 135 million parameters: these are a small model's numbers. It follows few "
+        "instructions and writes hardly any code that runs; they say nothing of a model that you would use."
+    )
 
 
 def _known_templates(folder: Path, answers: Iterable[ask.Answer]) -> dict[str, str]:

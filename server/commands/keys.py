@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import getpass
 import json
@@ -14,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from server.audit.client import SyncAuditClient
 from server.audit.entry import new_entry
+from server.auth.api_key import find_keys
 from server.auth.key_admin import KeyAdmin, KeySpec, describe_key
 from server.auth.pepper import load_pepper, new_pepper, new_secret, rotate_pepper
-from server.errors import RequestError
+from server.errors import NotFoundError, RequestError
+from server.folders import make_runtime_dir
 from server.policy.permissions import parse_scope
-from server.settings import run_dir
+from server.settings import find_store_url
 from server.store.database import Store
 
 if TYPE_CHECKING:
@@ -49,7 +52,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     def act(name: str, told: str) -> argparse.ArgumentParser:
         added = acts.add_parser(name, help=told, description=told)
         added.add_argument("--state", type=Path, default=Path(".strongroom"), help="state folder (default .strongroom)")
-        added.add_argument("--store", help="address of the store, where it is not STATE/store.db")
+        added.add_argument("--store", help="address of the store (default: the one that the server of STATE uses)")
         added.add_argument("--json", action="store_true", help="print JSON")
         return added
 
@@ -67,7 +70,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     revoked = act("revoke", "End a key now, everywhere, running streams included.")
     revoked.add_argument("id", nargs="?")
     revoked.add_argument("--digest", help="the key's digest, as 'show' prints it, instead of its id")
-    revoked.add_argument("--leaked", metavar="FILE", help="a file with the key itself, or - for standard input")
+    revoked.add_argument("--leaked", metavar="FILE", help="a file in which keys were found, or - for standard input")
     revoked.add_argument("--reason", default="revoked by an operator")
     imported = act(
         "import", "Take over keys that callers hold already, from a CSV file: key,subject,tenant,groups,scopes."
@@ -89,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"New keys are stored under pepper {rotate_pepper(keys_dir / 'pepper')} from the next start on.")
         return 0
     pepper = load_pepper(keys_dir / "pepper")
-    store = Store.open(args.store or f"sqlite:///{args.state / 'store.db'}")
+    store = Store.open(find_store_url(args.state, args.store))
     try:
         admin = KeyAdmin(store, pepper, record=open_recorder(args.state), by=_operator())
         return _act(args, admin, store.clock())
@@ -99,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
 
 def open_recorder(state: Path) -> Record:
     """Return what puts an act on the log of `state`; it connects when it is first used."""
-    client = SyncAuditClient(run_dir(state.absolute()) / "audit.sock")
+    client = SyncAuditClient(make_runtime_dir(state.absolute()) / "audit.sock")
 
     def record(event: str, **fields: Any) -> None:
         client.append(new_entry(event, **fields))
@@ -124,7 +127,7 @@ def _act(args: argparse.Namespace, admin: KeyAdmin, now_s: float) -> int:
             row, text = admin.rotate(args.id, overlap_s=parse_duration_s(args.overlap))
             _print_new(args, row, text.reveal(), now_s)
         case "revoke":
-            _print_rows(args, [_revoke(args, admin)], now_s)
+            _print_rows(args, _revoke(args, admin), now_s)
         case "show":
             print(json.dumps(describe_key(admin.get(args.id), now_s), indent=2))
         case "import":
@@ -188,15 +191,24 @@ def parse_expiry_s(text: str, now_s: float) -> float:
         raise RequestError("An expiry is a duration such as 90d, or a date such as 2027-01-31.") from error
 
 
-def _revoke(args: argparse.Namespace, admin: KeyAdmin) -> KeyRow:
+def _revoke(args: argparse.Namespace, admin: KeyAdmin) -> list[KeyRow]:
     if [args.id, args.digest, args.leaked].count(None) != 2:
         raise RequestError("Name the key in one way: its id, --digest or --leaked.")
     if args.leaked is not None:
         text = sys.stdin.read() if args.leaked == "-" else Path(args.leaked).read_text(encoding="utf-8")
-        return admin.revoke_leaked(text.strip(), reason=args.reason)
+        return _revoke_leaked(text, admin, args.reason)
     if args.digest is not None:
-        return admin.revoke_digest(args.digest, reason=args.reason)
-    return admin.revoke(args.id, reason=args.reason)
+        return [admin.revoke_digest(args.digest, reason=args.reason)]
+    return [admin.revoke(args.id, reason=args.reason)]
+
+
+def _revoke_leaked(text: str, admin: KeyAdmin, reason: str) -> list[KeyRow]:
+    """End every key of our form that stands somewhere in the text; else the text is a key that was imported."""
+    ended = []
+    for found in dict.fromkeys(find_keys(text)):
+        with contextlib.suppress(NotFoundError):  # another server's
+            ended.append(admin.revoke_leaked(found, reason=reason))
+    return ended or [admin.revoke_leaked(text.strip(), reason=reason)]
 
 
 def _read_import(name: str) -> Iterator[tuple[str, KeySpec]]:

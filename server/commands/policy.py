@@ -11,6 +11,7 @@ from rich.console import Console
 
 from server.policy.cases import evaluate, load_cases, parse_question, run_cases
 from server.policy.cedar import PolicySet, Question
+from server.policy.limit_file import load_limits
 from server.policy.review import find_idle
 
 if TYPE_CHECKING:
@@ -66,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace, policies: PolicySet) -> int:
+    if (args.dir / "limits.yaml").exists():
+        load_limits(args.dir / "limits.yaml")
     with Console(stderr=True).status("looking for policies that are of no use"):
         idle = find_idle(policies)
     if args.json:

@@ -7,7 +7,6 @@ import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,13 +58,13 @@ def run(args: argparse.Namespace) -> int:
         for item in _watched(texts):
             reports[item[0]] = _scan_one(item)
     floor = scan.SEVERITIES.index(args.severity)
-    reports = {name: _above(report, floor) for name, report in reports.items()}
+    reports = {name: above(report, floor) for name, report in reports.items()}
     if args.format == "sarif":
-        print(json.dumps(to_sarif(reports, version=_version()), indent=2))
+        print(json.dumps(to_sarif(reports.items()), indent=2))
     elif args.format == "json":
         print(json.dumps(to_json(reports), indent=2))
     else:
-        _print_text(reports)
+        print_text(reports)
     return 0 if all(report.state is ScanState.CLEAN for report in reports.values()) else 1
 
 
@@ -153,7 +152,8 @@ def _watched(texts: list[tuple[str, str | None, str | None]]) -> Iterator[tuple[
     yield from track(texts, "scanning", console=Console(stderr=True))
 
 
-def _above(report: ScanReport, floor: int) -> ScanReport:
+def above(report: ScanReport, floor: int) -> ScanReport:
+    """Return the report without what is below a severity's index."""
     kept = tuple(f for f in report.findings if scan.SEVERITIES.index(f.severity) >= floor)
     state = report.state
     if state is ScanState.FINDINGS and not kept:
@@ -161,7 +161,8 @@ def _above(report: ScanReport, floor: int) -> ScanReport:
     return ScanReport(state, kept, report.reason)
 
 
-def _print_text(reports: dict[str, ScanReport]) -> None:
+def print_text(reports: dict[str, ScanReport]) -> None:
+    """Print reports (path to report) for people; the counts go to standard error."""
     for name, report in reports.items():
         if report.state is ScanState.UNSCANNED:
             print(f"{name}: unscanned: {report.reason}")
@@ -172,10 +173,3 @@ def _print_text(reports: dict[str, ScanReport]) -> None:
     num_findings = sum(len(report.findings) for report in reports.values())
     num_unscanned = sum(report.state is ScanState.UNSCANNED for report in reports.values())
     print(f"{len(reports)} scanned, {num_findings} findings, {num_unscanned} unscanned", file=sys.stderr)
-
-
-def _version() -> str:
-    try:
-        return version("strongroom")
-    except PackageNotFoundError:
-        return "0"

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
+from server.audit.tags import Event
+from server.commands.keys import open_recorder
 from server.sealed.format import Suite
 from server.sealed.kms.local import create_key_file
 from server.sealed.kms.uri import open_kms
@@ -44,6 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--create-key", action="store_true", help="make the file: key and the signing key if missing")
     parser.add_argument("--licence", default="", metavar="SPDX", help="licence of the model")
     parser.add_argument("--lineage", action="append", default=[], metavar="NAME=VALUE", help="where it came from")
+    parser.add_argument("--state", type=Path, help="put the act on the log of the server in this folder")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -73,6 +76,16 @@ def seal_folder(args: argparse.Namespace, change: Callable[[Source], Source]) ->
             lineage=dict(item.partition("=")[::2] for item in args.lineage),
             licence=args.licence,
             progress=lambda num_bytes: bar.advance(task, num_bytes),
+        )
+    if args.state is not None:
+        recipients = [f"{service.mechanism}:{service.key_id}" for service in services]
+        open_recorder(args.state)(
+            Event.MODEL_SEALED,
+            model=core.model_id,
+            version=core.version,
+            seal_id=core.seal_id,
+            recipients=recipients,
+            signed=signer is not None,
         )
     if args.json:
         print(json.dumps({"model_id": core.model_id, "version": core.version, "seal_id": core.seal_id}))

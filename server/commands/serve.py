@@ -67,12 +67,14 @@ def banner(settings: Settings, seconds: float) -> str:
     """Return what a newcomer needs next: one curl line, and how to point clients here."""
     state = settings.state
     base = f"http://{settings.public.host}:{settings.public.port}/v1"
-    model = settings.models[0].id if settings.models else "MODEL"
+    model = next((model.id for model in settings.models if model.engine.runner == "generate"), "MODEL")
+    later = [model.id for model in settings.models if model.optional]
     question = "Write a Python function that reads a CSV file."
     return "\n".join(
         (
             "",
             f"Strongroom is ready after {seconds:.0f} s.",
+            *([f"Still starting: {', '.join(later)} (503 until then)."] if later else []),
             "",
             "Try it:",
             f'  . {state}/client.env && curl -sN "$OPENAI_BASE_URL/chat/completions" \\',

@@ -19,7 +19,9 @@ from server.sealed.kms.uri import open_kms
 from server.sealed.model import open_sealed
 from server.sealed.signature import TrustedSigner
 from server.sealed.unseal import check_target, unseal
+from server.settings import find_store_url
 from server.store.database import Store
+from server.store.floors import Floors
 from server.store.keys import list_keys
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow-unsigned", action="store_true", help="go on without a trusted signature")
     parser.add_argument("--force", action="store_true", help="write plaintext to a disk")
     parser.add_argument("--state", type=Path, default=Path(".strongroom"), help="state folder of the running server")
+    parser.add_argument("--store", help="address of the store (default: the one that the server of STATE uses)")
     parser.add_argument("--policy", type=Path, default=Path("configs/policy"), help="policy folder")
 
 
@@ -52,17 +55,13 @@ def run(args: argparse.Namespace) -> int:
     """Check target, permission and log; then unseal."""
     check_target(args.out, force=args.force)
     trusted = [TrustedSigner.load(path) for path in args.signer]
-    store = Store.open(f"sqlite:///{args.state / 'store.db'}")
+    store = Store.open(find_store_url(args.state, args.store))
     try:
-        with store.read() as connection:
-            rows = list_keys(connection)
+        principal = authenticate(args.state, store)
         core = open_sealed(args.model, trusted_signers=trusted, allow_unsigned=args.allow_unsigned).core
-        floor = store.get_floor(core.model_id)
+        floor = Floors(store, args.state).get(core.model_id)
     finally:
         store.close()
-    ring = KeyRing(load_pepper(args.state / "keys" / "pepper"))
-    ring.load(rows)
-    principal = ring.authenticate(os.environ.get(KEY_ENV, ""))
     record = open_recorder(args.state)
     agent = KeyAgent(
         services=[open_kms(uri) for uri in args.kms],
@@ -70,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         record=record,
         allow_unsigned=args.allow_unsigned,
     )
-    _authorise(principal, core.model_id, args.policy)
+    authorise(principal, Permission.UNSEAL, args.policy, model_id=core.model_id)
     record(
         Event.MODEL_UNSEALED,
         by=principal.subject,
@@ -80,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         seal_id=core.seal_id,
         forced=args.force,
     )
-    release = agent.release(args.model, floor=floor)
+    release = agent.release(args.model, floor=floor, model_id=core.model_id)
     with release.data_key as data_key, progress_bar() as bar:
         task = bar.add_task("unsealing", total=sum(s.header.payload_bytes for s in release.model.weights))
         unseal(release.model, data_key.reveal(), args.out, progress=lambda num_bytes: bar.advance(task, num_bytes))
@@ -88,8 +87,25 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _authorise(principal: Principal, model_id: str, policy: Path) -> None:
-    action = Permission.UNSEAL
+def authenticate(state: Path, store: Store) -> Principal:
+    """Return the owner of the API key in `ADMIN_API_KEY`.
+
+    Raises:
+        AuthenticationError: There is none, or it is unknown, expired or revoked.
+    """
+    with store.read() as connection:
+        rows = list_keys(connection)
+    ring = KeyRing(load_pepper(state / "keys" / "pepper"))
+    ring.load(rows)
+    return ring.authenticate(os.environ.get(KEY_ENV, ""))
+
+
+def authorise(principal: Principal, action: Permission, policy: Path, *, model_id: str = "") -> None:
+    """Ask the policies that the server decides by.
+
+    Raises:
+        PermissionDeniedError: They do not permit it, or the key's scopes do not cover it.
+    """
     question = Question(
         subject=principal.subject,
         tenant=principal.tenant,
@@ -101,4 +117,5 @@ def _authorise(principal: Principal, model_id: str, policy: Path) -> None:
     )
     decision = PolicySet.load(policy).ask(question)
     if not decision.allowed or not covers(principal.scopes, action):
-        raise PermissionDeniedError(f"{principal.subject} may not unseal {model_id}: {decision.reason}.")
+        what = f"{action} on {model_id}" if model_id else str(action)
+        raise PermissionDeniedError(f"{principal.subject} may not do {what}: {decision.reason}.")

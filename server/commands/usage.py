@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from server.settings import find_store_url
 from server.store.database import Store
 from server.store.usage_report import COUNTED, GROUPINGS, parse_day_s, report_usage
 
@@ -26,7 +27,7 @@ BAR_CHARS = 40
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument("--state", type=Path, default=Path(".strongroom"), help="state folder (default .strongroom)")
-    parser.add_argument("--store", help="address of the store, where it is not STATE/store.db")
+    parser.add_argument("--store", help="address of the store (default: the one that the server of STATE uses)")
     parser.add_argument("--by", choices=GROUPINGS, default="tenant", help="what to sum by (default tenant)")
     parser.add_argument("--tenant", help="only this tenant's")
     parser.add_argument("--from", dest="from_day", help="first day, UTC (default: 30 days ago)")
@@ -38,7 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the usage."""
-    store = Store.open(args.store or f"sqlite:///{args.state / 'store.db'}")
+    store = Store.open(find_store_url(args.state, args.store))
     try:
         rows = report_usage(
             store,

@@ -6,35 +6,27 @@ import asyncio
 import hashlib
 import json
 import time
+from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import aiohttp
-from typing_extensions import override
-
-from server.errors import ConfigError, EngineError
+from server.errors import EngineError
+from server.pipelines.endpoint import Caller
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
     from server.evaluation.sets import Question
-
-MAX_TRIES = 6
+    from server.pipelines.endpoint import Endpoint
 
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One way to reach a model: an address, a key whose policy decides the template, a model id."""
+    """One way to reach a model: an endpoint whose key's policy decides the template."""
 
     name: str
-    base_url: str
-    key: str
-    model: str
-
-    @override
-    def __repr__(self) -> str:
-        return f"Arm({self.name!r}, {self.base_url!r}, <redacted>, {self.model!r})"
+    endpoint: Endpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,18 +50,6 @@ class Sampling:
 
     temperature: float
     max_tokens: int
-
-
-def parse_arm(name: str, env: dict[str, str]) -> Arm:
-    """Return the arm that a `client.env` describes.
-
-    Raises:
-        ConfigError: The file lacks a value.
-    """
-    missing = [key for key in ("OPENAI_BASE_URL", "OPENAI_API_KEY", "MODEL") if not env.get(key)]
-    if missing:
-        raise ConfigError(f"The env file of arm {name!r} lacks {missing[0]}. Use a client.env as the server writes it.")
-    return Arm(name, env["OPENAI_BASE_URL"].rstrip("/"), env["OPENAI_API_KEY"], env["MODEL"])
 
 
 def canary(question: Question, seed: int) -> str:
@@ -102,23 +82,25 @@ async def ask_all(
     """
     known = load_answers(path)
     gate = asyncio.Semaphore(concurrency)
-    timeout = aiohttp.ClientTimeout(total=600)
-    with path.open("a", encoding="utf-8") as file:
-        async with aiohttp.ClientSession(timeout=timeout) as session:
+    async with AsyncExitStack() as stack:
+        file = stack.enter_context(path.open("a", encoding="utf-8"))
+        callers = {
+            arm.name: await stack.enter_async_context(Caller(arm.endpoint, concurrency=concurrency)) for arm in arms
+        }
 
-            async def one(arm: Arm, question: Question, seed: int) -> Answer:
-                answer = known.get((arm.name, question.key, seed))
-                if answer is None:
-                    async with gate:
-                        answer = await _ask(session, arm, question, seed, sampling)
-                    file.write(json.dumps(asdict(answer)) + "\n")
-                    file.flush()
-                advance()
-                return answer
+        async def one(arm: Arm, question: Question, seed: int) -> Answer:
+            answer = known.get((arm.name, question.key, seed))
+            if answer is None:
+                async with gate:
+                    answer = await _ask(callers[arm.name], arm, question, seed, sampling)
+                file.write(json.dumps(asdict(answer)) + "\n")
+                file.flush()
+            advance()
+            return answer
 
-            # Seed by seed and question by question over the arms: what drifts in time drifts for all arms alike.
-            order = [(arm, q, seed) for seed in seeds for q in questions for arm in arms]
-            answers = list(await asyncio.gather(*(one(*job) for job in order)))
+        # Seed by seed and question by question over the arms: what drifts in time drifts for all arms alike.
+        order = [(arm, q, seed) for seed in seeds for q in questions for arm in arms]
+        answers = list(await asyncio.gather(*(one(*job) for job in order)))
     for arm in arms:
         own = [a for a in answers if a.arm == arm.name]
         if own and all(a.error for a in own):
@@ -126,38 +108,29 @@ async def ask_all(
     return answers
 
 
-async def _ask(session: aiohttp.ClientSession, arm: Arm, question: Question, seed: int, sampling: Sampling) -> Answer:
+async def _ask(caller: Caller, arm: Arm, question: Question, seed: int, sampling: Sampling) -> Answer:
     word = canary(question, seed)
     body = {
-        "model": arm.model,
+        "model": arm.endpoint.model,
         "messages": [{**m, "content": m["content"].replace("CANARY", word)} for m in question.messages],
         "seed": seed,
         "temperature": sampling.temperature,
         "max_tokens": sampling.max_tokens,
     }
-    headers = {"Authorization": f"Bearer {arm.key}"}
     start = time.monotonic()
-    data: dict[str, Any] = {}
-    error, template, digest = "unreachable", "", ""
-    for attempt in range(MAX_TRIES):
-        try:
-            async with session.post(f"{arm.base_url}/chat/completions", json=body, headers=headers) as response:
-                template = response.headers.get("x-strongroom-template", "")
-                digest = response.headers.get("x-strongroom-template-digest", "")
-                data = await response.json(content_type=None)
-                if response.status == 200:
-                    error = ""
-                    break
-                error = str((data.get("error") or {}).get("code") or response.status)
-                if response.status not in (429, 502, 503):
-                    break
-                wait_s = float(response.headers.get("retry-after") or 1)
-        except (aiohttp.ClientError, TimeoutError, ValueError) as err:
-            error, wait_s = type(err).__name__, 1.0
-        await asyncio.sleep(min(wait_s * (attempt + 1), 30))
+    reply = await caller.post("/chat/completions", body)
     text, num_tokens = "", 0
-    if not error:
-        text = str(data["choices"][0]["message"].get("content") or "")
-        num_tokens = int((data.get("usage") or {}).get("completion_tokens") or 0)
-    seconds = time.monotonic() - start
-    return Answer(arm.name, question.key, seed, text, error, template, digest, round(seconds, 3), num_tokens)
+    if not reply.error:
+        text = str(reply.body["choices"][0]["message"].get("content") or "")
+        num_tokens = int((reply.body.get("usage") or {}).get("completion_tokens") or 0)
+    return Answer(
+        arm.name,
+        question.key,
+        seed,
+        text,
+        reply.error,
+        reply.headers.get("x-strongroom-template", ""),
+        reply.headers.get("x-strongroom-template-digest", ""),
+        round(time.monotonic() - start, 3),
+        num_tokens,
+    )

@@ -7,7 +7,8 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from server.settings import EngineSettings, ModelSettings, Settings, load_settings
+from server.errors import ConfigError
+from server.settings import EngineSettings, ModelSettings, Settings, load_settings, parse_settings
 
 FILE = Path("configs/strongroom.yaml")
 # What the file sets for the embedded model, or by hand for the one machine.
@@ -63,3 +64,12 @@ def test_the_file_loads():
     assert settings.models[0].id == "smollm2-135m-instruct"
     assert settings.policy.directory.is_dir()
     assert settings.templates.directory.is_dir()
+    assert (settings.guard.directory / "rules").is_dir()
+
+
+@pytest.mark.parametrize(
+    "engine", [{"prompts": "messages"}, {"prompts": "messages", "kind": "remote", "runner": "pooling"}]
+)
+def test_our_own_engines_get_no_messages(engine: dict[str, Any], tmp_path: Path):
+    with pytest.raises(ConfigError, match="'prompts: messages' is for remote engines"):
+        parse_settings({"models": [{"id": "m", "path": "m", "engine": engine}]}, base=tmp_path)

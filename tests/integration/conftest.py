@@ -6,32 +6,25 @@ import httpx
 import pytest
 
 from benchmarks.gateway.kit import GatewayKit, make_kit, wait_until
+from tests.integration.postgres import Postgres
 
 
 @pytest.fixture(scope="session")
 def gateway(tmp_path_factory):
-    kit = make_kit(tmp_path_factory.mktemp("gw"))
-    try:
-        kit.start()
+    with make_kit(tmp_path_factory.mktemp("gw")) as kit:
         yield kit
-    finally:
-        kit.stop()
 
 
 @pytest.fixture(scope="session")
 def key(gateway):
     """A developer's key."""
-    text = gateway.new_key(groups={"developers"})
-    gateway.wait_for_key(text)
-    return text
+    return gateway.working_key(groups={"developers"})
 
 
 @pytest.fixture(scope="session")
 def admin_key(gateway):
     """A key of somebody who may render prompts and read metrics."""
-    text = gateway.new_key(groups={"developers", "operators", "security", "auditors"}, subject="admin")
-    gateway.wait_for_key(text)
-    return text
+    return gateway.working_key(groups={"developers", "operators", "security", "auditors"}, subject="admin")
 
 
 @pytest.fixture(scope="session")
@@ -56,3 +49,11 @@ def make_gateway(tmp_path):
     yield make
     for kit in kits:
         kit.stop()
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    """One server for all tests; each makes a database of its own in it."""
+    server = Postgres()
+    yield server
+    server.stop()

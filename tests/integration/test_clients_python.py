@@ -19,13 +19,15 @@ TOOL: dict[str, Any] = {
 @pytest.fixture
 def sdk(gateway, key):
     gateway.control(num_tokens=8)
-    return openai.OpenAI(base_url=gateway.base + "/v1", api_key=key, max_retries=0)
+    with openai.OpenAI(base_url=gateway.base + "/v1", api_key=key, max_retries=0) as client:
+        yield client
 
 
 @pytest.fixture
 def claude(gateway, key):
     gateway.control(num_tokens=8)
-    return anthropic.Anthropic(base_url=gateway.base, api_key=key, max_retries=0)
+    with anthropic.Anthropic(base_url=gateway.base, api_key=key, max_retries=0) as client:
+        yield client
 
 
 def test_openai_chat_plain_and_streamed(sdk):
@@ -106,9 +108,19 @@ def test_openai_error_classes(gateway, sdk, visitor_key):
         sdk.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "word " * 9000}])
     assert long.value.code == "context_length_exceeded"
     assert "maximum context length" in long.value.message
+    assert "prompt is too long" in long.value.message  # by these words LangChain and Claude Code know it
     gateway.control(status=500)
     with pytest.raises(openai.InternalServerError):
         sdk.chat.completions.create(model=MODEL, messages=MESSAGES)
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses", "/v1/chat/completions", "/v1/models"])
+def test_a_wrong_key_is_not_tried_again(gateway, path):
+    """Claude Code asks ten times more with a key that was refused, unless the answer says that it is of no use."""
+    response = httpx.request(
+        "GET" if path == "/v1/models" else "POST", gateway.base + path, json={}, headers={"x-api-key": "sr_wrong"}
+    )
+    assert (response.status_code, response.headers["x-should-retry"]) == (401, "false")
 
 
 def test_openai_sees_a_broken_stream_as_an_error(gateway, sdk):
@@ -127,6 +139,54 @@ def test_anthropic_messages_plain_and_streamed(claude):
         final = stream.get_final_message()
     assert text == final.content[0].text == plain.content[0].text
     assert final.usage.output_tokens > 0
+
+
+def test_responses_say_what_was_asked_in_their_own_form(gateway, sdk):
+    gateway.control(tool_call={"name": "look_up", "arguments": '{"q": "x"}'})
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    answer = sdk.responses.create(
+        model=MODEL, input="hi", tools=[{"type": "function", "name": "look_up", "parameters": schema}],
+        tool_choice={"type": "function", "name": "look_up"}, parallel_tool_calls=False,
+        text={"format": {"type": "json_schema", "name": "r", "schema": schema}},
+    )  # fmt: skip
+    assert answer.tool_choice.to_dict() == {"type": "function", "name": "look_up"}
+    assert answer.parallel_tool_calls is False
+    assert (answer.text.format.type, answer.text.format.name, answer.text.format.schema_) == (
+        "json_schema",
+        "r",
+        schema,
+    )
+
+
+def test_anthropic_names_the_stop_sequence_that_ended_an_answer(gateway, claude):
+    gateway.control(text="one, two; three", num_tokens=4)
+    ask = {"model": MODEL, "max_tokens": 32, "messages": MESSAGES, "stop_sequences": ["four", ";"]}
+    plain = claude.messages.create(**ask)
+    with claude.messages.stream(**ask) as stream:
+        streamed = stream.get_final_message()
+    for message in (plain, streamed):
+        assert message.content[0].text == "one, two"
+        assert (message.stop_reason, message.stop_sequence) == ("stop_sequence", ";")
+    other = claude.messages.create(**{**ask, "stop_sequences": ["four"]})
+    assert (other.stop_reason, other.stop_sequence) == ("end_turn", None)
+
+
+def test_anthropic_streams_begin_with_the_size_of_the_prompt(claude):
+    counted = claude.messages.count_tokens(model=MODEL, messages=MESSAGES).input_tokens
+    with claude.messages.create(model=MODEL, max_tokens=32, messages=MESSAGES, stream=True) as events:
+        (start,) = [event for event in events if event.type == "message_start"]
+    assert start.message.usage.input_tokens == counted > 0
+
+
+def test_anthropic_waits_for_tool_use_of_a_forced_tool(gateway, claude):
+    """Of a tool that was named, an engine says that it stopped."""
+    tool = {"name": "look_up", "input_schema": TOOL["function"]["parameters"]}
+    gateway.control(tool_call={"name": "look_up", "arguments": '{"q": "x"}'}, tool_finish_reason="stop")
+    ask = {"model": MODEL, "max_tokens": 32, "messages": MESSAGES, "tools": [tool]}
+    ask["tool_choice"] = {"type": "tool", "name": "look_up"}
+    assert claude.messages.create(**ask).stop_reason == "tool_use"
+    with claude.messages.stream(**ask) as stream:
+        assert stream.get_final_message().stop_reason == "tool_use"
 
 
 def test_anthropic_tools_and_counts(gateway, claude):

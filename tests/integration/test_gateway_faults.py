@@ -1,6 +1,7 @@
 """What breaks while requests run: clients leave, engines and writers die, the server stops; and what is on record."""
 
 import json
+import signal
 import socket
 import threading
 import time
@@ -42,6 +43,17 @@ def raw_request(kit, body, *, path="/v1/chat/completions"):
         + data
     )
     return sock
+
+
+def read_until(sock, mark):
+    """What arrives up to `mark`, and whatever comes with it."""
+    sock.settimeout(20)
+    data = b""
+    while mark not in data:
+        piece = sock.recv(65536)
+        assert piece, f"the connection ended before {mark!r}"
+        data += piece
+    return data
 
 
 def outcomes(kit):
@@ -143,6 +155,54 @@ def test_a_writer_that_dies_mid_stream_ends_the_stream_with_an_error(kit):
     events = [line[6:] for line in lines if line.startswith("data: ")]
     assert json.loads(events[-1])["error"]["code"] == "audit_unavailable"
     assert not any('"finish_reason":"stop"' in event for event in events)
+
+
+@pytest.fixture
+def stopped_writer(kit):
+    """The log's writer, held still from `send_signal(SIGSTOP)` on until the test ends."""
+    yield kit.processes["writer"]
+    kit.processes["writer"].send_signal(signal.SIGCONT)
+
+
+def test_nothing_reaches_the_engine_while_the_log_stands_still(kit, stopped_writer):
+    before = kit.stats()
+    stopped_writer.send_signal(signal.SIGSTOP)
+    sock = raw_request(kit, {**CHAT, "stream": True})
+    time.sleep(0.5)
+    assert kit.stats() == before
+    stopped_writer.send_signal(signal.SIGCONT)
+    sock.settimeout(10)
+    assert sock.recv(65536).startswith(b"HTTP/1.1 200")
+    sock.close()
+
+
+def test_a_log_that_stands_still_holds_back_the_end_of_an_answer_and_not_its_text(kit, stopped_writer):
+    kit.control(first_delay_ms=300, text="All of it.", num_tokens=10)  # its tokens are characters
+    sock = raw_request(kit, {**CHAT, "stream": True})
+    wait_until(lambda: kit.stats()["running"] == 1)
+    stopped_writer.send_signal(signal.SIGSTOP)
+    data = read_until(sock, b'"content":"."')
+    data += read_until(sock, b'"delta":{}')  # a heartbeat: nothing else came for a second
+    assert b'"finish_reason":"' not in data
+    assert outcomes(kit) == []
+    stopped_writer.send_signal(signal.SIGCONT)
+    assert b'"finish_reason":"stop"' in read_until(sock, b"[DONE]")
+    sock.close()
+    assert outcomes(kit) == ["completed"]
+
+
+def test_a_client_that_leaves_before_the_outcome_is_durable_leaves_one_record(kit, stopped_writer):
+    kit.control(first_delay_ms=300, text="All of it.", num_tokens=10)  # its tokens are characters
+    sock = raw_request(kit, {**CHAT, "stream": True})
+    wait_until(lambda: kit.stats()["running"] == 1)
+    stopped_writer.send_signal(signal.SIGSTOP)
+    read_until(sock, b'"content":"."')
+    sock.close()
+    time.sleep(0.2)
+    stopped_writer.send_signal(signal.SIGCONT)
+    wait_until(lambda: outcomes(kit) == ["completed"], limit_s=5)
+    assert chat(kit).status_code == 200
+    assert outcomes(kit) == ["completed", "completed"]
 
 
 def test_a_killed_gateway_leaves_a_log_that_verifies_and_holds_every_answer(kit):
@@ -252,3 +312,21 @@ def test_a_silent_engine_brings_heartbeats_that_parse(kit):
     for line in data.split(b"\n"):
         if line.startswith(b"data: "):
             json.loads(line[6:])
+
+
+def test_a_start_and_a_scanner_that_fails_are_on_record(make_gateway):
+    kit = make_gateway(guard={"scan_timeout_ms": 1})
+    kit.start()
+    kit.key = kit.new_key(groups={"developers"})
+    kit.wait_for_key(kit.key)
+    (configured,) = [entry for entry in kit.entries() if entry["event"] == "gateway:service:configured"]
+    assert {model["id"] for model in configured["models"]} == {model.id for model in kit.settings.models}
+    lines = "".join(f"def f{at}(a):\n    return eval(a) + {at}\n" for at in range(60))
+    kit.control(text=f"```python\n{lines}```\n", num_tokens=100)
+    accepted = chat(kit)
+    assert accepted.status_code == 200
+    entry = next(e for e in kit.entries() if e["event"] == "gateway:request:accepted")
+    assert entry["policy"]["digest"] == configured["policy"]
+    wait_until(lambda: any(e["event"] == "guard:scanner:failed" and e["timeout"] >= 1 for e in kit.entries()))
+    finished = next(e for e in kit.entries() if e["event"] == "gateway:request:finished")
+    assert finished["scan_output"]["state"] == "unscanned"

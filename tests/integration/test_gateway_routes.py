@@ -225,7 +225,18 @@ def test_streams_and_ends_whole(gateway, key, route):
     assert accepted["stream"] is True
 
 
-@pytest.mark.parametrize("route", STREAMED)
+@pytest.mark.parametrize("route", ["/v1/completions", "/v1/fim/completions", "/infill"])
+def test_what_surrounds_a_cursor_is_trimmed_to_fit(gateway, key, route):
+    long = "word " * 8000
+    text = json.dumps(BODIES[route] | ({"suffix": "\n"} if route == "/v1/completions" else {}))
+    body = json.loads(text.replace('"def f():"', json.dumps(long)).replace('"\\n"', json.dumps(long)))
+    response = post(gateway, route, body, key)
+    assert response.status_code == 200, response.text
+    accepted, _ = entries_of(gateway, response)
+    assert 2000 < accepted["prompt"]["tokens"] <= 4096 - 256
+
+
+@pytest.mark.parametrize("route", [route for route in STREAMED if route not in ("/v1/fim/completions", "/infill")])
 def test_a_prompt_past_the_context_is_refused_with_the_words_clients_match(gateway, key, route):
     long = "word " * 8000
     text = json.dumps(BODIES[route]).replace('"hi"', json.dumps(long))

@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.gateway.kit import EMBEDDER, MODEL, wait_until
 from server.api.public import MODEL_ROUTES
+from tests.vectors.sarif.check import check_sarif
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
 
@@ -70,6 +71,72 @@ def test_a_scan_finds_and_says_where(gateway, key):
     assert body["state"] == "findings"
     assert body["findings"][0]["cwe"] == "CWE-78"
     assert body["findings"][0]["line"] == 2
+
+
+BAD = 'import os\nos.system("rm " + input())\n'
+ITEMS = [{"text": "print(1)\n", "path": "ok.py"}, {"text": BAD, "path": "src/my app.py"}, {"text": BAD}]
+
+
+def ask_scan(gateway, key, body):
+    return httpx.post(gateway.base + "/v1/scan", json=body, headers=auth(key), timeout=60)
+
+
+def test_a_batch_is_judged_item_by_item_and_is_on_record(gateway, key):
+    items = [*ITEMS, {"text": BAD, "language": "python"}, {"text": "fn main() {}", "language": "rust"}]
+    answer = ask_scan(gateway, key, {"items": items})
+    assert answer.status_code == 200, answer.text
+    body = answer.json()
+    assert (body["object"], body["state"]) == ("scan.batch", "unscanned")
+    assert [one["index"] for one in body["items"]] == [0, 1, 2, 3, 4]
+    assert [one["path"] for one in body["items"]] == ["ok.py", "src/my app.py", None, None, None]
+    for item, verdict in zip(items, body["items"], strict=True):
+        alone = ask_scan(gateway, key, item).json()
+        assert {name: verdict[name] for name in ("state", "reason", "findings")} == {
+            name: alone[name] for name in ("state", "reason", "findings")
+        }
+    assert [one["state"] for one in body["items"]][:2] == ["clean", "findings"]
+    told = [e for e in gateway.entries() if e["event"] == "guard:text:scanned"]
+    entry = next(e for e in told if e["request_id"] == answer.headers["x-request-id"])
+    assert (entry["num_texts"], entry["num_chars"]) == (5, sum(len(item["text"]) for item in items))
+    assert sum(entry["states"].values()) == 5
+    assert entry["num_findings"] == sum(len(one["findings"]) for one in body["items"])
+    assert (entry["findings"][0]["text"], entry["findings"][0]["cwe"]) == (1, "CWE-78")
+    assert "my app" not in json.dumps(told)
+    assert told[-1]["num_texts"] == 1  # one text is on record as well
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"items": [{"text": "x"}, {"text": 7}]}, "items[1].text"),
+        ({"items": [{"text": "x"}, {}]}, "items[1].text"),
+        ({"items": [{"text": "x", "path": 1}]}, "items[0].path"),
+        ({"items": [{"text": "x", "language": "p" * 513}]}, "items[0].language"),
+        ({"items": ["x"]}, "items[0]"),
+        ({"items": []}, "items"),
+        ({"items": [{"text": ""}] * 257}, "items"),
+        ({"items": [{"text": "x" * 1_000_000}] * 5}, "items"),
+        ({"items": [{"text": "x"}], "text": "x"}, "items"),
+        ({"text": "x", "format": "xml"}, "format"),
+        ({}, "text"),
+    ],
+)
+def test_one_bad_item_refuses_the_batch_by_name(gateway, key, body, param):
+    answer = ask_scan(gateway, key, body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == param
+
+
+def test_a_batch_as_sarif_names_artifacts_by_path(gateway, key):
+    log = ask_scan(gateway, key, {"items": [*ITEMS, {"text": "x", "language": "rust"}], "format": "sarif"}).json()
+    check_sarif(log)
+    places = [result["locations"][0]["physicalLocation"] for result in log["runs"][0]["results"]]
+    assert "src/my%20app.py" in {place["artifactLocation"]["uri"] for place in places}
+    one = ask_scan(gateway, key, {"text": BAD, "path": "a.py", "format": "sarif"}).json()
+    check_sarif(one)
+    (result,) = one["runs"][0]["results"]
+    assert result["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] == "a.py"
+    assert result["locations"][0]["physicalLocation"]["region"]["startLine"] == 2
 
 
 def test_a_receipt_is_for_its_owner_alone(gateway, key):

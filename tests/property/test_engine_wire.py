@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import orjson
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.wire import EventParser
+from server.engine.wire import EventParser, parse_usage
 from server.errors import StrongroomError
 from server.types import Delta
 
@@ -33,7 +36,7 @@ def parsed(pieces: list[bytes]) -> list[Delta]:
 
 @settings(deadline=None)
 @given(EVENTS, ENDS, st.lists(st.integers(1, 40), min_size=1))
-def test_cutting_changes_nothing(events: list[dict[str, object]], end: bytes, sizes: list[int]) -> None:
+def test_cutting_changes_nothing(events: list[dict[str, Any]], end: bytes, sizes: list[int]) -> None:
     stream = b"".join(b"data: " + orjson.dumps(event) + end for event in events) + b"data: [DONE]\n\n"
     pieces, at, index = [], 0, 0
     while at < len(stream):
@@ -41,7 +44,12 @@ def test_cutting_changes_nothing(events: list[dict[str, object]], end: bytes, si
         pieces.append(stream[at : at + size])
         at, index = at + size, index + 1
     assert parsed(pieces) == parsed([stream])
-    assert len(parsed(pieces)) == len(events)
+    counts = [event["usage"] for event in events if "usage" in event]
+    deltas = parsed(pieces)
+    assert len(deltas) == len(events) - len(counts) + bool(counts)
+    assert [delta.usage is not None for delta in deltas].count(True) == bool(counts)
+    if counts:  # some engines count in every event; only the last count stands, and it ends the answer
+        assert deltas[-1] == Delta(usage=parse_usage(counts[-1]))
 
 
 @settings(deadline=None)
@@ -90,3 +98,60 @@ def test_any_event_is_parsed_or_refused(event: object, chat: bool) -> None:
         assert (type(delta.index), type(delta.text), type(delta.reasoning)) == (int, str, str)
         assert isinstance(delta.finish_reason, str | None)
         assert isinstance(delta.tool_calls, list | None)
+
+
+FIELDS = st.sampled_from(
+    [
+        {},
+        {"logprobs": None},
+        {"logprobs": {"content": []}},
+        {"finish_reason": "stop"},
+        {"finish_reason": None, "token_ids": None},
+        {"content": "twin"},
+    ]
+)
+CHOICES = st.builds(
+    lambda index, text, more, inner: {"index": index, "delta": {"content": text, **inner}, **more},
+    st.sampled_from([0, 0, 0, 0, 1]),
+    st.text(max_size=12) | st.just('","content":"'),
+    FIELDS,
+    st.sampled_from([{}, {}, {}, {"reasoning": "hm"}, {"tool_calls": None}, {"refusal": '"content":'}]),
+)
+STREAMS = st.lists(
+    st.builds(
+        lambda choices, usage, spaced: (choices, usage, spaced),
+        st.lists(CHOICES, min_size=1, max_size=2),
+        st.sampled_from([None, None, None, {"prompt_tokens": 3}]),
+        st.booleans(),
+    ),
+    max_size=12,
+)
+
+
+@settings(deadline=None)
+@given(STREAMS)
+def test_events_that_look_alike_are_read_as_if_each_stood_alone(stream) -> None:
+    """The parser remembers what stands around the text of a plain event; that must change no delta."""
+    lines = []
+    for choices, usage, spaced in stream:
+        event = {"id": "chatcmpl-1", "choices": choices, **({"usage": usage} if usage else {})}
+        data = json.dumps(event).encode() if spaced else orjson.dumps(event)
+        lines.append(b"data: " + data + b"\n\n")
+    together, apart = EventParser(chat=True), [EventParser(chat=True).feed(line) for line in lines]
+    assert together.feed(b"".join(lines)) == [delta for deltas in apart for delta in deltas]
+
+
+@settings(deadline=None)
+@given(st.text(max_size=8), st.binary(max_size=30))
+def test_what_stands_where_the_text_was_is_never_taken_for_it(text: str, odd: bytes) -> None:
+    """Bytes between the remembered halves of an event count only as what a JSON parser makes of the whole line."""
+    head, tail = b'data: {"choices":[{"index":0,"delta":{"content":', b'},"finish_reason":null}]}\n\n'
+    plain, line = head + orjson.dumps(text) + tail, head + odd + tail
+    outcomes: list[list[Delta] | str] = []
+    for pieces in ((plain, line), (line,)):
+        parser = EventParser(chat=True)
+        try:
+            outcomes.append([d for piece in pieces for d in parser.feed(piece)][len(pieces) - 1 :])
+        except StrongroomError as err:
+            outcomes.append(err.code)
+    assert outcomes[0] == outcomes[1]

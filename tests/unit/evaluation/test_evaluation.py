@@ -17,6 +17,7 @@ from typing_extensions import override
 from server.commands import eval as command
 from server.errors import ConfigError, EngineError
 from server.evaluation import ask, judge, sets, statistics
+from server.pipelines.endpoint import Endpoint
 from server.template.registry import TemplateRegistry
 
 if TYPE_CHECKING:
@@ -202,9 +203,9 @@ def endpoint() -> Iterator[str]:
     thread.join()
 
 
-def env_file(folder: Path, name: str, url: str, key: str) -> str:
+def env_file(folder: Path, name: str, url: str, key: str, model: str = "m") -> str:
     path = folder / f"{name}.env"
-    path.write_text(f"OPENAI_BASE_URL={url}\nOPENAI_API_KEY={key}\nMODEL=m\nexport OPENAI_BASE_URL\n")
+    path.write_text(f"OPENAI_BASE_URL={url}\nOPENAI_API_KEY={key}\nMODEL={model}\nexport OPENAI_BASE_URL\n")
     return f"{name}={path}"
 
 
@@ -246,6 +247,17 @@ def test_whole_run_tells_the_arms_apart(tmp_path: Path, endpoint: str, capsys: p
     assert (out / "answers.jsonl").read_text() == lines
 
 
+def test_a_report_on_the_embedded_model_says_what_its_numbers_are_worth(tmp_path: Path, endpoint: str):
+    small = env_file(tmp_path, "small", endpoint, "control", "smollm2-135m-instruct")
+    other = env_file(tmp_path, "other", endpoint, "control")
+    for arm, said in ((small, True), (other, False)):
+        out = tmp_path / arm.partition("=")[0]
+        call("--arm", arm, "--out", str(out), "--sets", "useful", "--limit", "1", "--seeds", "1", "--note", "Monday.")
+        page = (out / "report.html").read_text()
+        assert ("these are a small model&#x27;s numbers" in page) is said
+        assert "Monday." in page
+
+
 def test_wrong_key_is_one_clear_error(tmp_path: Path, endpoint: str):
     with pytest.raises(EngineError, match="invalid_api_key"):
         call(
@@ -267,7 +279,7 @@ def test_wrong_arm_is_refused(arguments: list[str]):
 
 
 def test_key_is_never_shown():
-    assert "secret" not in repr(ask.Arm("a", "http://x", "secret", "m"))
+    assert "secret" not in repr(ask.Arm("a", Endpoint("http://x", "secret", "m")))
 
 
 def test_sets_cover_what_they_promise():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 
 import pytest
 
 from server import bootstrap
 from server.errors import ConfigError
+from server.sealed.embedded import load_embedded
 from server.settings import ModelSettings, Settings
 
 
@@ -33,6 +35,16 @@ def test_missing_embedded_model_is_sealed(tmp_path, commands):
     assert [command[3:6] for command in commands] == [
         ["server.bootstrap", "smollm2-135m-instruct", str(tmp_path / "models" / "m")]
     ]
+
+
+def test_each_embedded_model_is_sealed_under_its_own_name(tmp_path, commands):
+    bootstrap.prepare_embedded(settings_with(tmp_path, id="all-minilm-l6-v2"), lambda _: None)
+    assert commands[0][4] == "all-minilm-l6-v2"
+    source = load_embedded("all-minilm-l6-v2")
+    assert json.loads(source.files["config.json"])["hidden_size"] == 384
+    assert source.num_bytes > 80_000_000
+    with pytest.raises(ConfigError, match="No package carries the model our-coder"):
+        load_embedded("our-coder")
 
 
 def test_sealed_model_is_not_made_twice(tmp_path, commands):
