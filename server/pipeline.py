@@ -33,7 +33,7 @@ class Call:
     action: str
     credentials: Credentials
     client: Client
-    read: Callable[[], Awaitable[ModelRequest]]
+    read: Callable[[Call], Awaitable[ModelRequest]]  # is handed the call: one that closed over it would make a cycle
     request: ModelRequest | None = None
     prompt_tokens: int = 0
     model_id: str = ""
@@ -110,7 +110,7 @@ class Pipeline:
             principal = await self.auth.authenticate(call.credentials, call.client)
             record.identify(principal)
             call.principal = principal
-            request = await call.read()
+            request = await call.read(call)
             model = self.models.find(request.model)
             call.model_id = model.id
             request = canonical(request, model)

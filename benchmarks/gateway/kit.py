@@ -92,6 +92,7 @@ class GatewayKit:
     settings: Settings
     signer: Path
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    gateway_program: tuple[str, ...] = ("-m", "server.gateway")
 
     @property
     def base(self) -> str:
@@ -153,7 +154,7 @@ class GatewayKit:
     def start_gateway(self, *, ready: bool = True) -> None:
         resolved = self.state / "settings.json"
         resolved.write_text(self.settings.model_dump_json())
-        self._spawn("gateway", "-m", "server.gateway", "--settings", str(resolved))
+        self._spawn("gateway", *self.gateway_program, "--settings", str(resolved))
         path = "/readyz" if ready else "/livez"
         wait_until(lambda: httpx.get(self.base + path).status_code == 200, limit_s=180)
 

@@ -173,7 +173,7 @@ class Exchange(Response):
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - ASGI servers run each request in a task
 
-        async def read() -> ModelRequest:
+        async def read(call: Call) -> ModelRequest:
             try:
                 data = await body.read()
             except ClientDisconnectedError:  # as one who leaves later, whom `_leave` hears of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import httptools
@@ -22,10 +23,11 @@ MAX_HEADERS = 128
 class Peer:
     """What a request may know of its connection without a task or a timer of its own; `scope["peer"]`."""
 
-    __slots__ = ("_cycle", "_watchers")
+    __slots__ = ("_cycle", "_flow", "_watchers")
 
     def __init__(self, cycle: RequestResponseCycle, watchers: list[Callable[[], None]]) -> None:
-        self._cycle = cycle
+        self._cycle = weakref.ref(cycle)  # whose scope holds this
+        self._flow = cycle.flow
         self._watchers = watchers
 
     def watch(self, on_leave: Callable[[], None] | None) -> None:
@@ -37,17 +39,20 @@ class Peer:
 
         Whoever calls it must send a body, so it is not for answers to HEAD.
         """
-        self._cycle.transport = _HeldHead(self._cycle.transport)  # type: ignore[assignment]
+        cycle = self._cycle()
+        if cycle is not None:
+            cycle.transport = _HeldHead(cycle.transport)  # type: ignore[assignment]
 
     @property
     def has_sent_body(self) -> bool:
         """Whether the whole body is here, so that nothing that receives it can wait."""
-        return not self._cycle.more_body
+        cycle = self._cycle()
+        return cycle is None or not cycle.more_body
 
     @property
     def is_reading(self) -> bool:
         """Whether a write would not wait for the client to read."""
-        return not self._cycle.flow.write_paused
+        return not self._flow.write_paused
 
 
 class _HeldHead:
