@@ -33,6 +33,6 @@ def write_cycles(path: Path) -> None:
 if __name__ == "__main__":
     where = Path(sys.argv.pop(1))
     signal.signal(signal.SIGUSR1, lambda *_: write_cycles(where))
-    gc.set_threshold = lambda *_: None  # type: ignore[assignment]
+    gc.set_threshold = lambda *_: None
     gc.disable()
     sys.exit(gateway.main())
