@@ -13,14 +13,20 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from server.errors import AuthenticationError, PermissionDeniedError, UnavailableError
+from server.errors import (
+    AuthenticationError,
+    ContextLengthError,
+    PermissionDeniedError,
+    RateLimitedError,
+    UnavailableError,
+)
 from server.types import Chat, Delta, Outcome, Usage
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
 
-    from server.ports import Audit, Authenticator, Guard, Limits, Model, Models, Policy
-    from server.types import Client, Credentials, ModelRequest, Obligations, Principal, RequestId, WireFormat
+    from server.ports import Audit, Authenticator, Guard, Limits, Model, Models, Policy, Reservation
+    from server.types import Client, Credentials, ModelRequest, Obligations, Principal, Prompt, RequestId, WireFormat
 
 
 @dataclass(slots=True)
@@ -50,21 +56,38 @@ def canonical(request: ModelRequest, model: Model) -> ModelRequest:
 
 
 def follow_up(
-    model: Model, request: ModelRequest, obligations: Obligations, principal: Principal, call: Call
-) -> Callable[[str], Awaitable[str]] | None:
+    model: Model,
+    request: ModelRequest,
+    obligations: Obligations,
+    principal: Principal,
+    call: Call,
+    reservation: Reservation,
+) -> Callable[[str], Awaitable[str | None]] | None:
     """Return what puts one more user turn to the model in the same conversation; None where there are no turns.
 
-    The template stands first there too, and what it costs is added to the request's usage.
+    The template stands first there too. What the turn may cost is held before it runs, and what it costs is added to
+    the request's usage; where limits or the context have no room for it the model is not asked, and it returns None.
     """
     chat = request.payload
     if not isinstance(chat, Chat):
         return None
 
-    async def ask(instruction: str) -> str:
+    async def ask(instruction: str) -> str | None:
         turn = {"role": "user", "content": instruction}
-        again = replace(request, payload=replace(chat, messages=(*chat.messages, turn), tools=(), tool_choice=None))
+        again = replace(
+            request,
+            payload=replace(chat, messages=(*chat.messages, turn), tools=(), tool_choice=None),
+            sampling={name: value for name, value in request.sampling.items() if name != "n"},  # one is enough
+        )
         prompt = await model.render(again, obligations, principal)
-        max_tokens = model.clamp(again, prompt, obligations)
+        try:
+            max_tokens = model.clamp(again, prompt, obligations)
+            async with reservation.extend(prompt_tokens=prompt.num_tokens, max_tokens=max_tokens) as charged:
+                return await run(again, prompt, max_tokens, charged)
+        except (ContextLengthError, RateLimitedError):
+            return None
+
+    async def run(again: ModelRequest, prompt: Prompt, max_tokens: int, charged: Usage) -> str:
         text: list[str] = []
         spent: Usage | None = None
         deltas = model.stream(prompt, again, max_tokens=max_tokens, principal=principal, request_id=call.id)
@@ -72,14 +95,15 @@ def follow_up(
             async with aclosing(deltas):
                 async for batch in deltas:
                     for delta in batch:
-                        text.append(delta.text if delta.index == 0 else "")
+                        text.append(delta.text)
                         spent = delta.usage or spent
         except UnavailableError:
             spent = spent or (None if text else Usage())  # an engine that did not answer computed nothing
             raise
         finally:  # a caller who leaves now has cost it all the same
             said = "".join(text)
-            call.outcome.extra_usage.add(spent or Usage.of_cut_off(prompt.num_tokens, len(text), len(said)))
+            charged.add(spent or Usage.of_cut_off(prompt.num_tokens, len(text), len(said)))
+            call.outcome.extra_usage.add(charged)
         return said
 
     return ask
@@ -131,7 +155,7 @@ class Pipeline:
                     model.stream(prompt, request, max_tokens=max_tokens, principal=principal, request_id=call.id),
                     call.outcome,
                 )
-                ask = follow_up(model, request, decision.obligations, principal, call)
+                ask = follow_up(model, request, decision.obligations, principal, call, reservation)
                 released = self.guard.release(deltas, request, decision.obligations, call.outcome, ask=ask)
                 call.headers |= reservation.headers
                 call.headers |= {

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         Prompt,
         RequestId,
         ScanReport,
+        Usage,
         WireFormat,
     )
 
@@ -80,6 +81,14 @@ class Reservation(Protocol):
         """
         ...
 
+    def extend(self, *, prompt_tokens: int, max_tokens: int) -> AbstractAsyncContextManager[Usage]:
+        """Hold what one more turn may cost; on exit what the caller put into the usage is charged, as part of it all.
+
+        Raises:
+            RateLimitedError: On entering: no limit holds it.
+        """
+        ...
+
     def settle(self, outcome: Outcome) -> None:
         """Replace the reservation by what was really used."""
         ...
@@ -116,11 +125,12 @@ class Guard(Protocol):
         obligations: Obligations,
         outcome: Outcome,
         *,
-        ask: Callable[[str], Awaitable[str]] | None = None,
+        ask: Callable[[str], Awaitable[str | None]] | None = None,
     ) -> AsyncGenerator[list[Delta], None]:
         """Yield what may leave now; sets `outcome.scan` before the last batch.
 
-        `ask` puts one more user turn to the model in the same conversation and returns its text; `repair` uses it.
+        `ask` puts one more user turn to the model in the same conversation and returns its text, or None where there is
+        no room for one; `repair` uses it.
 
         Raises:
             ContentBlockedError: Policy blocks what was found; nothing of the finding has left.

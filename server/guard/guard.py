@@ -110,7 +110,7 @@ class Guard:
         obligations: Obligations,
         outcome: Outcome,
         *,
-        ask: Callable[[str], Awaitable[str]] | None = None,
+        ask: Callable[[str], Awaitable[str | None]] | None = None,
     ) -> AsyncGenerator[list[Delta], None]:
         """Yield what may leave now; sets `outcome.scan` before the last batch.
 
@@ -119,8 +119,8 @@ class Guard:
             request: As `admit` returned it.
             obligations: `scan_output` is the mode.
             outcome: Gets the verdict on the whole answer.
-            ask: For `repair`: takes an instruction, asks the model in the same conversation, returns its text. Without
-                it `repair` blocks.
+            ask: For `repair`: takes an instruction, asks the model in the same conversation, returns its text; None
+                where there is no room for one more turn. Without it `repair` blocks.
 
         Raises:
             ContentBlockedError: Policy blocks what was found; nothing of the finding has left.
@@ -146,7 +146,7 @@ def _noting(pool: WorkerPool, outcome: Outcome) -> Callable[[str, str | None], A
     return scan_code
 
 
-def _repairer(ask: Callable[[str], Awaitable[str]], max_repairs: int) -> release.Repair:
+def _repairer(ask: Callable[[str], Awaitable[str | None]], max_repairs: int) -> release.Repair:
     left = max_repairs
 
     async def repair(source: str, findings: tuple[Finding, ...]) -> str | None:
@@ -161,7 +161,7 @@ def _repairer(ask: Callable[[str], Awaitable[str]], max_repairs: int) -> release
             "A scanner found these weaknesses in the code block below. Write the whole block again without them, "
             f"keep what it does, and answer with one fenced code block only.\n\n{listed}\n\n```\n{source}```"
         )
-        blocks = scan.code_blocks(answer)
+        blocks = [] if answer is None else scan.code_blocks(answer)
         return blocks[0][1] if blocks else None
 
     return repair

@@ -374,6 +374,8 @@ class Held:
 
     __slots__ = (
         "_completion_tokens",
+        "_extra_cost",
+        "_extra_tokens",
         "_grant",
         "_has_begun",
         "_is_settled",
@@ -406,6 +408,8 @@ class Held:
         self._prompt_tokens = prompt_tokens
         self._completion_tokens = completion_tokens
         self._grant: Grant | None = None
+        self._extra_tokens = 0  # of turns that `extend` held: settled by themselves
+        self._extra_cost = 0
         self._is_settled = False
         self._has_begun = False
         self._num_seen = 0
@@ -487,8 +491,34 @@ class Held:
             self._has_begun = self._num_seen > 0  # an engine that did not answer computed nothing
             raise
 
+    @asynccontextmanager
+    async def extend(self, *, prompt_tokens: int, max_tokens: int) -> AsyncGenerator[Usage, None]:
+        """Hold what one more turn of the same request may cost; on exit what the caller put into the usage is charged.
+
+        It counts as no other request and takes no other place, and nothing waits: the answer is held back meanwhile.
+
+        Raises:
+            RateLimitedError: On entering: no budget or limit of tokens holds it.
+        """
+        limits, grant, price = self._limits, self._grant, self._limits.book.price(self._model)
+        assert grant is not None  # noqa: S101 - only an entered reservation is extended
+        cost = price.cost_micros(prompt_tokens, max_tokens)
+        taken = await limits.ledger.take(grant.accounts, prompt_tokens + max_tokens, cost, 0, instead=grant)
+        if isinstance(taken, Shortage):
+            raise _refusal(taken)
+        spent = Usage()
+        try:
+            yield spent
+        finally:
+            num_tokens = spent.prompt_tokens + spent.completion_tokens
+            cost = price.cost_micros(spent.prompt_tokens, spent.completion_tokens)
+            self._extra_tokens += num_tokens
+            self._extra_cost += cost
+            limits.ledger.settle(taken, num_tokens, cost)
+            limits.wake(taken.accounts)
+
     def settle(self, outcome: Outcome) -> None:
-        """Replace the reservation by what was really used, once."""
+        """Replace the reservation by what was really used, once; of `outcome` what `extend` held is charged already."""
         if self._grant is not None and self._running is not None and not self._is_settled:
             self._limits.typing.forget(self._running)
             self._settle(self._grant, outcome.usage)
@@ -508,7 +538,8 @@ class Held:
         self._is_settled = True
         limits = self._limits
         cost = limits.book.price(self._model).cost_micros(usage.prompt_tokens, usage.completion_tokens)
-        limits.ledger.settle(grant, usage.prompt_tokens + usage.completion_tokens, cost)
+        num_tokens = usage.prompt_tokens + usage.completion_tokens
+        limits.ledger.settle(grant, num_tokens - self._extra_tokens, cost - self._extra_cost)
         limits.usage.add(self._principal, self._model, usage.prompt_tokens, usage.completion_tokens, cost)
 
 

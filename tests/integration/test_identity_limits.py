@@ -164,6 +164,41 @@ async def test_what_was_not_settled_is_given_back(new_world):
     await world.spend(prompt=50, most=50)
 
 
+@pytest.mark.parametrize(
+    ("limit", "fits"),
+    [
+        ({"tokens_per_day": 99}, False),
+        ({"tokens_per_day": 100}, True),
+        ({"tokens_per_minute": 99}, False),
+        ({"tokens_per_minute": 100}, True),
+        ({"cost_per_day": 99}, False),
+        ({"cost_per_month": 100}, True),
+        ({"requests_per_minute": 1, "concurrent": 1}, True),  # it is no other request
+    ],
+)
+async def test_one_more_turn_of_a_request_is_held_too(new_world, limit, fits):
+    world = new_world({"per": "key"} | limit, prices={"m": {"prompt": 1e6, "completion": 1e6}})
+    async with world.reserve(prompt=20, most=30) as held:
+        if fits:
+            async with held.extend(prompt_tokens=40, max_tokens=10) as spent:
+                spent.add(Usage(40, 1))
+        else:
+            with pytest.raises(RateLimitedError):
+                async with held.extend(prompt_tokens=40, max_tokens=10):
+                    pytest.fail("it ran beyond the limit")
+        held.settle(Outcome("completed", usage=Usage(20 + 40 * fits, 2 + fits)))
+    await world.settled()
+    if "requests_per_minute" in limit:
+        world.now_s += 120
+        await world.spend(prompt=20, most=30)  # its places are free again
+        return
+    used = 22 + 41 * fits
+    most = next(iter(limit.values())) - used
+    with pytest.raises(RateLimitedError):
+        await world.spend(prompt=most, most=1)
+    await world.spend(prompt=most, most=0)
+
+
 async def test_a_request_that_never_fits_is_told_not_to_come_back(new_world):
     world = new_world({"per": "key", "tokens_per_minute": 100}, max_wait_s=5)
     with pytest.raises(RateLimitedError) as caught:

@@ -202,6 +202,14 @@ async def test_repair_asks_again_and_is_bounded(guard: Guard) -> None:
         await play(guard, ScanMode.REPAIR, [Delta(0, BAD)], [Delta(0, finish_reason="stop")], ask=stubborn)
     assert len(asked) == 2
 
+    async def no_room(instruction: str) -> None:
+        asked.append(instruction)
+
+    asked.clear()
+    with pytest.raises(ContentBlockedError):
+        await play(guard, ScanMode.REPAIR, [Delta(0, BAD)], [Delta(0, finish_reason="stop")], ask=no_room)
+    assert len(asked) == 1
+
 
 async def test_an_answer_that_stops_early_is_unscanned(guard: Guard) -> None:
     outcome = Outcome()
