@@ -219,7 +219,13 @@ class _Routes:
         def act() -> Incident:
             with self._deps.store.write() as connection:
                 opened = open_incident(
-                    connection, kind, target, reason=reason, by=caller.subject, at_s=self._deps.store.clock()
+                    connection,
+                    kind,
+                    target,
+                    reason=reason,
+                    by=caller.subject,
+                    at_s=self._deps.store.clock(),
+                    across_tenants=sees_all,
                 )
                 record("admin:incident:opened", **_told(opened))
             return opened
@@ -234,8 +240,12 @@ class _Routes:
             raise NotFoundError("There is no incident of this number.")
         if not sees_all:
             own = await asyncio.to_thread(self._list_incidents, caller, with_lifted=True)
-            if int(number) not in {one.id for one in own}:
+            found = next((one for one in own if one.id == int(number)), None)
+            if found is None:
                 raise NotFoundError("There is no incident of this number.")
+            if found.across_tenants:
+                reason = "Who opened this incident manages all tenants; ask somebody who does to lift it."
+                await self._refuse(request, caller, Permission.INCIDENT_LIFT, reason)
         record = self._recorder(caller)
 
         def act() -> Incident:
@@ -405,4 +415,5 @@ def _describe(incident: Incident) -> dict[str, Any]:
         "opened_by": incident.opened_by,
         "lifted_at_s": incident.lifted_at_s,
         "lifted_by": incident.lifted_by,
+        "across_tenants": incident.across_tenants,
     }

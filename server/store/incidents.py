@@ -28,7 +28,10 @@ class Quarantined(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Incident:
-    """One incident; open while `lifted_at_s` is None."""
+    """One incident; open while `lifted_at_s` is None.
+
+    `across_tenants`: who opened it manages all tenants, and only such a one may lift it.
+    """
 
     id: int
     kind: Quarantined
@@ -39,6 +42,7 @@ class Incident:
     lifted_at_s: float | None = None
     lifted_by: str | None = None
     seq: int = 0
+    across_tenants: bool = True
 
 
 class Quarantine:
@@ -65,14 +69,24 @@ class Quarantine:
 
 
 def open_incident(
-    connection: Connection, kind: Quarantined, target: str, *, reason: str, by: str, at_s: float
+    connection: Connection,
+    kind: Quarantined,
+    target: str,
+    *,
+    reason: str,
+    by: str,
+    at_s: float,
+    across_tenants: bool = True,
 ) -> Incident:
     """Quarantine `target`.
+
+    One that a tenant has opened stands in no way of one across tenants: the tenant could lift its own.
 
     Raises:
         ConflictError: It is quarantined already.
     """
-    if any(found.target == target and found.kind == kind for found in list_incidents(connection)):
+    same = [found for found in list_incidents(connection) if found.target == target and found.kind == kind]
+    if any(found.across_tenants >= across_tenants for found in same):
         raise ConflictError(f"This {kind} is quarantined already.")
     seq = next_seq(connection)
     values: dict[str, Any] = {
@@ -82,6 +96,7 @@ def open_incident(
         "opened_at_s": at_s,
         "opened_by": by,
         "seq": seq,
+        "across_tenants": across_tenants,
     }
     key = connection.execute(insert(incidents).values(**values)).inserted_primary_key
     if key is None:

@@ -6,7 +6,20 @@ number of the change that last touched a row: a replica that has seen changes up
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, Column, Double, Index, Integer, LargeBinary, MetaData, String, Table, Text
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Double,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    true,
+)
 
 metadata = MetaData()
 
@@ -52,6 +65,7 @@ incidents = Table(
     Column("lifted_at_s", Double),
     Column("lifted_by", String(256)),
     Column("seq", BigInteger, nullable=False),
+    Column("across_tenants", Boolean, nullable=False, server_default=true()),
     Index("incidents_by_seq", "seq"),
 )
 

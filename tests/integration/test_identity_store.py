@@ -142,6 +142,38 @@ def test_incidents_open_once_and_lift_once(store):
         assert [one.lifted_by for one in list_incidents(connection, with_lifted=True)] == ["sam"]
 
 
+def test_one_across_tenants_stands_beside_a_tenants_own(store):
+    def new(by, *, across_tenants):
+        return open_incident(
+            connection, Quarantined.KEY, "k", reason="x", by=by, at_s=1.0, across_tenants=across_tenants
+        )
+
+    with store.write() as connection:
+        own = new("theirs", across_tenants=False)
+        with pytest.raises(ConflictError):
+            new("theirs", across_tenants=False)
+        new("ours", across_tenants=True)
+        for across_tenants in (False, True):
+            with pytest.raises(ConflictError):
+                new("anybody", across_tenants=across_tenants)
+        lift_incident(connection, own.id, by="theirs", at_s=2.0)
+        quarantine = Quarantine()
+        quarantine.load(list_incidents(connection))
+        assert quarantine.has(Quarantined.KEY, "k")
+
+
+def test_incidents_of_an_older_version_are_lifted_by_who_manages_all_tenants_alone(store):
+    with store.write() as connection:
+        connection.execute(
+            sa.text(
+                "INSERT INTO incidents (kind, target, reason, opened_at_s, opened_by, seq) "
+                "VALUES ('key', 'k', 'x', 1, 'sam', 1)"
+            )
+        )
+        (found,) = list_incidents(connection)
+    assert found.across_tenants is True
+
+
 def test_usage_adds_up_and_tenants_are_apart(store):
     key = UsageKey(5, "acme", "ana", "k", "[]", "m")
     other = UsageKey(5, "zeta", "bob", "k2", "[]", "m")
