@@ -67,14 +67,29 @@ class Access:
         try:
             return await self._auth.authenticate(credentials, client)
         except AuthenticationError as err:
-            await self._record(
-                "gateway:credential:refused",
-                route=route,
-                address=client.address,
-                reason=err.reason,
-                key_id=err.key_id or "",
-            )
+            await self._note_refused(err, client, route)
             raise
+
+    async def check_revoked(self, principal: Principal, client: Client, route: str) -> None:
+        """Check that the credential still holds, in the middle of long work; a refusal is on record first.
+
+        Raises:
+            AuthenticationError: It was revoked or ran out.
+            UnavailableError: It can't be told.
+        """
+        if self._auth.is_revoked(principal):
+            err = AuthenticationError("revoked while the request was running", key_id=principal.credential_id)
+            await self._note_refused(err, client, route)
+            raise err
+
+    async def _note_refused(self, err: AuthenticationError, client: Client, route: str) -> None:
+        await self._record(
+            "gateway:credential:refused",
+            route=route,
+            address=client.address,
+            reason=err.reason,
+            key_id=err.key_id or "",
+        )
 
     async def admit(self, credentials: Credentials, client: Client, route: str, action: str) -> Principal:
         """Return who the caller is, if policy permits `action`; a refusal is on record first.

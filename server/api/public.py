@@ -178,7 +178,10 @@ def build_public(deps: PublicDeps) -> ASGIApp:
         wanted = parse_scan(await body_of(request))
         async with deps.access.counted(principal, client, "/v1/scan", num_requests=len(wanted.items)) as headers:
             # One after the other: a batch must not keep all the scanning workers from answers that wait for them.
-            reports = [await deps.guard.scan(one.text, language=one.language, path=one.path) for one in wanted.items]
+            reports = []
+            for one in wanted.items:
+                await deps.access.check_revoked(principal, client, "/v1/scan")
+                reports.append(await deps.guard.scan(one.text, language=one.language, path=one.path))
         told = {"request_id": scope["request_id"], "address": client.address, **scan_record(wanted, reports)}
         await deps.access.act("guard:text:scanned", principal, **told)
         return json_response(scan_answer(wanted, reports), headers=headers)

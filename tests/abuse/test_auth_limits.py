@@ -3,6 +3,7 @@
 import asyncio
 import statistics
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from benchmarks.gateway.kit import MODEL, make_kit, wait_until
+from server.auth.api_key import parse_key_id
 from server.store.database import Store
 from server.store.usage import list_usage
 
@@ -125,6 +127,32 @@ def test_each_text_of_a_batch_of_scans_counts(kit):
     assert ask(3).headers["x-ratelimit-remaining-requests"] == "1"
     assert ask(2).status_code == 429
     assert ask(1).status_code == 200
+
+
+def test_a_batch_of_scans_ends_with_its_key(kit):
+    """A batch may run for minutes; who lost the key meanwhile is told nothing more."""
+    key, security = new_key(kit, "single"), kit.working_key(groups={"security"})
+    headers = {"authorization": f"Bearer {key}"}
+    text = "".join(f"def f{n}(x):\n    return g(x)[{n}] + x\n" for n in range(350))
+    batch = {"items": [{"text": text + f"# {n}", "language": "python"} for n in range(256)]}
+    with ThreadPoolExecutor(1) as pool:
+        scan = pool.submit(httpx.post, kit.base + "/v1/scan", headers=headers, json=batch, timeout=300)
+        ask = {"model": MODEL, "prompt": "hi"}
+        wait_until(  # the one place of the tenant is taken, so the batch runs
+            lambda: httpx.post(kit.base + "/tokenize", headers=headers, json=ask, timeout=30).status_code == 429
+        )
+        revoked = httpx.post(
+            f"{kit.admin}/admin/keys/{parse_key_id(key)}/revoke",
+            headers={"authorization": f"Bearer {security}"},
+            json={},
+            timeout=30,
+        )
+        assert revoked.status_code == 200, revoked.text
+        answer = scan.result()
+    assert answer.status_code == 401
+    last = kit.entries()[-1]
+    assert (last["event"], last["route"]) == ("gateway:credential:refused", "/v1/scan")
+    assert "while the request was running" in last["reason"]
 
 
 def test_tokens_are_counted_and_a_request_that_never_fits_is_not_retried(kit):
