@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from server.settings import ListenerSettings
 
 MAX_HEADERS = 128
+
+_HOST = re.compile(rb"(?:\[[0-9A-Za-z:.%~_-]*\]|[0-9A-Za-z.~_%!$&'()*+,;=-]*)(?::[0-9]*)?")
+"""RFC 3986, section 3.2.2, with a port: what may stand in `Host`."""
 
 
 class Peer:
@@ -196,6 +200,14 @@ def protocol_for(listener: ListenerSettings) -> type[HttpToolsProtocol]:
             self._head_complete = True
             if self.transport.is_closing():
                 return
+            # RFC 9112, section 3.2: where two proxies could read it in two ways, nobody answers.
+            hosts = [value for name, value in self.headers if name == b"host"]
+            is_old = not hosts and self.parser.get_http_version() == "1.0"
+            if not is_old and (len(hosts) != 1 or not _HOST.fullmatch(hosts[0])):
+                self._refuse(
+                    _plain_response(400, b"Bad Request", b"invalid_http", b"Send one Host header, with a host's name.")
+                )
+                return
             if self.parser.should_upgrade():  # it stops here, and is fed the same head again
                 self.scope["method"] = self.parser.get_method().decode()
                 self.scope["http_version"] = self.parser.get_http_version()
@@ -218,16 +230,23 @@ def protocol_for(listener: ListenerSettings) -> type[HttpToolsProtocol]:
 
         @override
         def send_400_response(self, msg: str) -> None:
-            self.transport.write(
+            self._refuse(
                 _plain_response(400, b"Bad Request", b"invalid_http", b"This is not a valid HTTP/1.1 request.")
             )
+
+        def _refuse(self, response: bytes) -> None:
+            """Answer what never becomes a request of its own, and close."""
+            cycle: Any = self.cycle
+            is_body = cycle is not None and cycle.more_body and not cycle.response_started and not self.pipeline
+            if cycle is None or cycle.response_complete or is_body:
+                self.transport.write(response)  # else it would stand in the answer to a request before this one
             self.transport.close()
 
         def _count(self, size: int) -> None:
             self._header_bytes += size
             too_large = self._header_bytes > listener.max_header_bytes or self._num_headers > MAX_HEADERS
             if too_large and not self.transport.is_closing():
-                self.transport.write(
+                self._refuse(
                     _plain_response(
                         431,
                         b"Request Header Fields Too Large",
@@ -235,7 +254,6 @@ def protocol_for(listener: ListenerSettings) -> type[HttpToolsProtocol]:
                         b"The request line and headers are larger than this server accepts; send less.",
                     )
                 )
-                self.transport.close()
 
         def _start_header_timer(self) -> None:
             self._header_timer = self.loop.call_later(listener.header_timeout_s, self._head_too_slow)

@@ -4,6 +4,7 @@ import json
 import re
 import socket
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -33,16 +34,17 @@ def test_a_trailer_is_no_header(gateway, key):
     assert ask_raw(gateway, bearer, b"x-data-classification: nonsense\r\n") == b"HTTP/1.1 200 OK"
 
 
-def exchange(gateway, *pieces: bytes) -> bytes:
+def exchange(gateway, *pieces: bytes, base: str = "") -> bytes:
     """Send pieces one after the other, the last of which asks to close; return all that comes back."""
-    host, _, port = gateway.base.removeprefix("http://").rpartition(":")
+    host, _, port = (base or gateway.base).removeprefix("http://").rpartition(":")
     with socket.create_connection((host, int(port)), timeout=30) as sock:
         for piece in pieces:
             sock.sendall(piece)
             time.sleep(0.1)  # most come in a read of their own; the outcome is the same for any
         answer = b""
-        while data := sock.recv(65536):
-            answer += data
+        with suppress(ConnectionResetError):  # it closed before it had read all
+            while data := sock.recv(65536):
+                answer += data
     return answer
 
 
@@ -81,3 +83,63 @@ def test_a_client_that_offers_an_upgrade_is_served_without_it(gateway, key):
     closing = exchange(gateway, sized.replace(b"Upgrade,", b"close, Upgrade,") + BODY + LAST)
     assert closing.count(b"HTTP/1.1 200 OK") == 1
     assert exchange(gateway, b"CONNECT x:443 HTTP/1.1\r\nhost: x\r\n\r\n").startswith(b"HTTP/1.1 400")
+
+
+@pytest.mark.parametrize("listener", ["public", "admin"])
+@pytest.mark.parametrize(
+    ("version", "hosts", "accepted"),
+    [
+        ("1.1", [], False),
+        ("1.1", ["a", "a"], False),
+        ("1.1", ["a", "b"], False),
+        ("1.0", ["a", "b"], False),
+        ("1.1", ["a b"], False),
+        ("1.1", ["a/b"], False),
+        ("1.1", ["a@b"], False),
+        ("1.1", ["a:b"], False),
+        ("1.1", ["[::1"], False),
+        ("1.1", ["a, b:80"], False),
+        ("1.0", [], True),
+        ("1.1", [""], True),  # what RFC 9112 wants where the target has no authority
+        ("1.1", ["example.com:8443"], True),
+        ("1.1", ["[::1]:80"], True),
+        ("1.1", ["münchen.example".encode("idna").decode()], True),
+    ],
+)
+def test_a_request_has_one_host(gateway, listener, version, hosts, accepted):
+    """RFC 9112, section 3.2: two proxies could read anything else in two ways."""
+    path = "/livez" if listener == "public" else "/admin/status"
+    head = f"GET {path} HTTP/{version}\r\n" + "".join(f"Host: {host}\r\n" for host in hosts)
+    answer = exchange(
+        gateway,
+        (head + "connection: close\r\n\r\n").encode(),
+        base=getattr(gateway, {"public": "base"}.get(listener, listener)),
+    )
+    served = b"HTTP/1.1 200" if listener == "public" else b"HTTP/1.1 401"
+    assert answer.startswith(served if accepted else b"HTTP/1.1 400"), answer
+    if not accepted:
+        assert b'"invalid_http"' in answer
+        assert b"connection: close" in answer
+
+
+def test_a_refused_request_leaves_the_answer_before_it_alone(make_gateway):
+    """What stands in the middle of an answer is read as a part of it."""
+    with make_gateway() as kit:
+        key = kit.working_key(groups={"developers"})
+        kit.control(text="word " * 40, num_tokens=40, delay_ms=20, separate=True)
+        body = json.dumps({**json.loads(BODY), "stream": True}).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\n"
+        ask = head.encode() + b"content-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+        for bad in (b"GET /livez HTTP/1.1\r\n\r\n", b"\x00\x01\r\n\r\n", b"GET / HTTP/1.1\r\na: %b" % (b"b" * 70_000)):
+            host, _, port = kit.base.removeprefix("http://").rpartition(":")
+            with socket.create_connection((host, int(port)), timeout=30) as sock:
+                sock.sendall(ask)
+                answer = sock.recv(65536)  # it has begun
+                sock.sendall(bad)
+                with suppress(ConnectionResetError):
+                    while data := sock.recv(65536):
+                        answer += data
+            assert answer.count(b"HTTP/1.1 ") == 1, answer
+            assert answer.startswith(b"HTTP/1.1 200")
+        answer = exchange(kit, head.encode() + b"transfer-encoding: chunked\r\n\r\n", b"no length\r\n")
+        assert answer.startswith(b"HTTP/1.1 400")  # in the body of a request that nobody has answered
