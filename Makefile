@@ -63,7 +63,7 @@ vectors: setup-test ## make the known answers again; any difference fails
 
 fuzz: setup-test ## the property tests with new seeds until SECONDS=60 are over
 	@end=$$(($$(date +%s) + $(SECONDS))); while [ "$$(date +%s)" -lt "$$end" ]; do \
-	$(BIN)/python -m pytest tests/property -q -x --hypothesis-seed="$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ')" || exit 1; done
+	$(BIN)/python -m pytest tests/property -q -x --hypothesis-profile=new --hypothesis-seed="$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ')" || exit 1; done
 
 bench: setup-test ## measure: make bench, or BENCH="policy verify"; what is printed is added to benchmarks/results
 	@mkdir -p benchmarks/results; for name in $(BENCH); do echo "== $$name"; \

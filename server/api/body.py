@@ -167,8 +167,8 @@ def _check_num_values(body: bytes) -> None:
     def count(text: bytes) -> int:
         return text.count(b",") + text.count(b"[") + text.count(b"{")
 
-    # Signs inside strings count only where there are suspiciously many: code is full of them. So many strings are too many
-    # values, whatever the rest is: looking for them ends there.
+    # Signs inside strings count only where there are suspiciously many: code is full of them. More strings than names
+    # and values may have are too many, whatever else there is: looking for them ends there.
     if count(body) <= MAX_VALUES:
         return
     rest, num_strings = _STRING.subn(b"", body, 2 * MAX_VALUES)
