@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 from server.audit.merkle import (
@@ -77,33 +77,36 @@ def unpack_hashes(data: bytes) -> list[bytes]:
     return [value for (value,) in struct.iter_unpack(f"{HASH_BYTES}s", data)]
 
 
+def _read(directory: Path, level: int | None, index: int, width: int, least_bytes: int, limit_bytes: int) -> bytes:
+    base = directory / tile_path(level, index)
+    candidates = [base, directory / tile_path(level, index, width)]
+    folder = base.with_name(base.name + ".p")
+    if folder.is_dir():
+        wider = sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+        candidates += [folder / str(found) for found in wider if found > width]
+    for path in candidates:
+        try:
+            with path.open("rb") as file:
+                data = file.read(limit_bytes)
+        except FileNotFoundError:
+            continue
+        if len(data) >= least_bytes:  # a full tile torn by a power cut is short; its partial ones still stand
+            return data
+    raise TileError(f"{tile_path(level, index, width)} is missing or short.")
+
+
+def _read_hashes(directory: Path, level: int, index: int, width: int) -> tuple[bytes, ...]:
+    data = _read(directory, level, index, width, width * HASH_BYTES, TILE_WIDTH * HASH_BYTES)
+    return tuple(unpack_hashes(data[: width * HASH_BYTES]))
+
+
 class TileReader:
     """Reads one log's tiles; hash tiles are cached, since a proof asks for the same few again and again."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._cached = lru_cache(maxsize=256)(self._hashes)
-
-    def _read(self, level: int | None, index: int, width: int, least_bytes: int, limit_bytes: int) -> bytes:
-        base = self.directory / tile_path(level, index)
-        candidates = [base, self.directory / tile_path(level, index, width)]
-        folder = base.with_name(base.name + ".p")
-        if folder.is_dir():
-            wider = sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
-            candidates += [folder / str(found) for found in wider if found > width]
-        for path in candidates:
-            try:
-                with path.open("rb") as file:
-                    data = file.read(limit_bytes)
-            except FileNotFoundError:
-                continue
-            if len(data) >= least_bytes:  # a full tile torn by a power cut is short; its partial ones still stand
-                return data
-        raise TileError(f"{tile_path(level, index, width)} is missing or short.")
-
-    def _hashes(self, level: int, index: int, width: int) -> tuple[bytes, ...]:
-        data = self._read(level, index, width, width * HASH_BYTES, TILE_WIDTH * HASH_BYTES)
-        return tuple(unpack_hashes(data[: width * HASH_BYTES]))
+        # Not around a method of our own: a reader that holds itself waits for the cycle collector.
+        self._cached = lru_cache(maxsize=256)(partial(_read_hashes, directory))
 
     def hashes(self, level: int, index: int, width: int) -> list[bytes]:
         """Return the first `width` hashes of a tile.
@@ -119,7 +122,7 @@ class TileReader:
         Raises:
             TileError: Missing, short or malformed.
         """
-        entries = split_entries(self._read(None, index, width, 4 * width, MAX_BUNDLE_BYTES + 1))
+        entries = split_entries(_read(self.directory, None, index, width, 4 * width, MAX_BUNDLE_BYTES + 1))
         if len(entries) < width:
             raise TileError(f"{tile_path(None, index, width)} is short: {len(entries)} entries.")
         return entries[:width]

@@ -81,7 +81,7 @@ class Connection(asyncio.Protocol):
         self._headed = False
         self._keep_alive = False
         self._paused = False
-        self._error: TransportError | None = None
+        self._failure = ""  # and no error: one that is raised holds the frames that hold this connection
         self._waiter: asyncio.Future[None] | None = None
         self._deadline_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -165,8 +165,8 @@ class Connection(asyncio.Protocol):
             TransportError: The connection broke, or nothing came for `limit_s`.
         """
         while not self._chunks:
-            if self._error is not None:
-                raise self._error
+            if self._failure:
+                raise TransportError(self._failure, answered=self._started)
             if self.complete:
                 return b""
             await self._wait(limit_s)
@@ -185,8 +185,8 @@ class Connection(asyncio.Protocol):
             TransportError: The connection broke, or nothing came for `limit_s`.
         """
         while not self._headed:
-            if self._error is not None:
-                raise self._error
+            if self._failure:
+                raise TransportError(self._failure, answered=self._started)
             await self._wait(limit_s)
         return self.status
 
@@ -199,7 +199,7 @@ class Connection(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        reusable = self.complete and self._keep_alive and not self.closed and not self._chunks and self._error is None
+        reusable = self.complete and self._keep_alive and not self.closed and not self._chunks and not self._failure
         self._parser = None
         self._waiter = None
         if not reusable:
@@ -239,8 +239,7 @@ class Connection(asyncio.Protocol):
         self._fail("The engine sent nothing for too long.")
 
     def _fail(self, message: str) -> None:
-        if self._error is None:
-            self._error = TransportError(message, answered=self._started)
+        self._failure = self._failure or message
         self.abort()
         self._wake()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -55,6 +56,7 @@ def to_sarif(reports: Iterable[tuple[str, ScanReport]]) -> dict[str, Any]:
     }
 
 
+@cache
 def _tool_version() -> str:
     try:
         return version("strongroom")

@@ -94,15 +94,20 @@ class Store:
             yield connection
 
 
+# Made once: each statement that is made leaves objects to the cycle collector.
+_LAST_CHANGE = select(counters.c.value).where(counters.c.name == "changes")
+_COUNT_CHANGE = update(counters).where(counters.c.name == "changes").values(value=counters.c.value + 1)
+
+
 def next_seq(connection: Connection) -> int:
     """Return the number of this change; its row lock holds other writers until commit, so numbers appear in order."""
-    connection.execute(update(counters).where(counters.c.name == "changes").values(value=counters.c.value + 1))
-    return int(connection.scalar(select(counters.c.value).where(counters.c.name == "changes")) or 0)
+    connection.execute(_COUNT_CHANGE)
+    return read_seq(connection)
 
 
 def read_seq(connection: Connection) -> int:
     """Return the number of the last change; equal numbers mean that nothing changed."""
-    return int(connection.scalar(select(counters.c.value).where(counters.c.name == "changes")) or 0)
+    return int(connection.scalar(_LAST_CHANGE) or 0)
 
 
 def _connect(url: str) -> Engine:

@@ -1,5 +1,6 @@
 """The store, the same suite on SQLite and on a real PostgreSQL: migrations, change numbers, replicas, backup."""
 
+import gc
 import sqlite3
 import stat
 import threading
@@ -12,7 +13,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
 from server.errors import ConfigError, ConflictError, NotFoundError, UnavailableError
-from server.store.database import Store, read_seq
+from server.store.database import Store, next_seq, read_seq
 from server.store.incidents import Quarantine, Quarantined, lift_incident, list_incidents, open_incident
 from server.store.keys import KeyRow, expire_key, get_key, insert_keys, list_keys, revoke_key, touch_keys
 from server.store.responses import ResponseStore
@@ -172,6 +173,27 @@ def test_incidents_of_an_older_version_are_lifted_by_who_manages_all_tenants_alo
         )
         (found,) = list_incidents(connection)
     assert found.across_tenants is True
+
+
+def test_what_is_written_and_polled_all_day_leaves_no_cycles(store):
+    watch = StoreWatch(store, quarantine=Quarantine(), on_keys=lambda _rows: None, used=dict)
+
+    def pass_a_moment(hour):
+        with store.write() as connection:
+            add_usage(connection, {UsageKey(hour, "acme", "ana", key, "[]", "m"): Spent(1, 2, 3, 4) for key in "ab"})
+            next_seq(connection)
+        watch.poll()
+        watch.poll()
+
+    pass_a_moment(0)
+    gc.collect()
+    gc.disable()
+    try:
+        for hour in range(20):
+            pass_a_moment(hour)
+        assert gc.collect() < 20
+    finally:
+        gc.enable()
 
 
 def test_usage_adds_up_and_tenants_are_apart(store):
