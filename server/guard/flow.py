@@ -5,7 +5,8 @@ Each function is walked once, statement by statement. A value carries, for every
 it still has; a sanitizer takes dangers from the value, a guard (`if x not in ALLOWED: raise`) takes them from the root.
 Branches are joined. Functions of the same file are summarised: what they return of their parameters, which parameters they
 check, and which of their sinks wait for a caller with a value from outside. Roots begin with `!` where the value certainly
-comes from outside (a request, the command line) and with `~` where it is a parameter.
+comes from outside (a request, the command line), with `~` where it is a parameter, and with `_` where that parameter's name
+says that it is no input: it is followed for what a caller gives, and is no finding by itself.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from server.guard.aliases import aliases_of
-from server.guard.parameters import BY_NAME, FUNCTIONS, bound_parameters, function_name, parameters
+from server.guard.parameters import BY_NAME, FUNCTIONS, SILENT, bound_parameters, function_name, parameters
 from server.guard.rules import ALL, BITS, MAX_CALLEES, Language, Rule, Sink
 from server.guard.syntax import (
     ARGUMENTS,
@@ -41,6 +42,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from server.guard.tree import Node, Tree
+
+
+_ONE_VALUE = re.compile(r"\(?\s*[\w.$]+\s*===?\s*(?:[\"'][^\"']*[\"']|\w+)\s*\)?")
+_SCHEME = re.compile(r"\.(?:[sS]cheme|[pP]rotocol|get(?:Scheme|Protocol)\(\)|[pP]ort|getPort\(\)|username|password)$")
 
 
 @dataclass(slots=True)
@@ -191,6 +196,8 @@ class Flow:
         body, cond, other = kids if self._tree.language == "python" else (kids[1], kids[0], kids[2])
         self._visit(cond)
         cleared = dict(self._cleared)
+        if _ONE_VALUE.fullmatch(self._tree.text(cond)):  # `x == "/" ? "index" : x`: the rest is still anything
+            return union([self._alive(self._visit(body)), self._alive(self._visit(other))])
         self._apply_guard(cond)
         value = union([self._alive(self._visit(body)), self._alive(self._visit(other))])
         self._cleared = cleared
@@ -236,7 +243,7 @@ class Flow:
         if callee not in self._functions:  # a function of this file is not the library's of the same name
             for sink in sinks:
                 self._check_call(sink, node, receiver, positional, named)
-        self._copy_out(callee, arguments, positional)
+        self._copy_out(callee, arguments, positional, receiver)
         self._collect(callee, every)
         if is_source or is_weak:
             text = squeezed(tree.text(node))
@@ -316,7 +323,7 @@ class Flow:
                 parts.append(Value({root: mask}))
         return union(parts, built=summary.returned.built)
 
-    def _copy_out(self, callee: str, arguments: Node, positional: list[Value]) -> None:
+    def _copy_out(self, callee: str, arguments: Node, positional: list[Value], receiver: Value) -> None:
         if self._tree.language in ("c", "cpp") and COPIES.search(callee) and len(positional) > 1:
             target = self._tree.text(arguments.kids[0]).lstrip("&(* ").split("[")[0].split("+")[0].strip()
             old = self._env.get(target, CLEAN) if "cat" in callee else CLEAN
@@ -332,8 +339,12 @@ class Flow:
             )
             for kid in targets:
                 text = self._tree.text(kid).lstrip("&(* ").split("[")[0].split("+")[0].strip()
-                outside = self._tree.language != "go" or re.search(
-                    r"Bind|BodyParser|Body\b|Scan|ReadJSON", self._tree.text(arguments.parent or arguments)
+                outside = (
+                    self._tree.language != "go"
+                    or any(root.startswith("!") for root in receiver.roots)
+                    or re.search(
+                        r"Bind|BodyParser|Body\b|Scan|ReadJSON", self._tree.text(arguments.parent or arguments)
+                    )
                 )
                 if re.fullmatch(r"[\w.>-]+", text) and outside:
                     self._env[text] = Value({f"!{text}@{arguments.start}": ALL})
@@ -407,20 +418,25 @@ class Flow:
             return
         if sink.when_function is not None and not sink.when_function.search(self._scope_text(node)):
             return
-        strong = any(root.startswith("!") and not self._doubtful(root, sink, value) for root in alive)
-        if not strong and (sink.strong or (sink.built and not value.built)):
+        if sink.unless_file is not None and sink.unless_file.search(self._tree.code):
+            return
+        strong = any(root.startswith("!") and not self._doubtful(root, sink, value, node) for root in alive)
+        silent = all(root.startswith(SILENT) for root in alive)
+        if not strong and (silent or sink.strong or (sink.built and not value.built)):
             self._pending += [(root, sink, node) for root in alive]
             return
         self._emit(sink.rule, node)
 
-    def _doubtful(self, root: str, sink: Sink, value: Value) -> bool:
+    def _doubtful(self, root: str, sink: Sink, value: Value, node: Node) -> bool:
         """Whether a root is strong by a parameter's name alone, and that is too little here.
 
         `open(filename)` is what a file name is for; it takes a folder before it to leave one. And what any function returns
-        is no page.
+        is no page. `log(format, ...)` hands its format on: whoever calls it may have made that of input.
         """
         if not root.endswith(BY_NAME):
             return False
+        if sink.danger == BITS["format"] and "va_" in self._scope_text(node):
+            return True
         return (sink.danger == BITS["path"] and not value.built) or (sink.danger == BITS["html"] and sink.call is None)
 
     def _scope_text(self, node: Node) -> str:
@@ -458,6 +474,17 @@ class Flow:
         self._bind(left, value, right)
         self._check_target(self._tree.text(left), value, node)
         return value
+
+    def _declaration(self, node: Node) -> Value:
+        """C++: `std::ifstream in(path, std::ios::binary);` reads as the declaration of a function, and is a call."""
+        made, declared = node.field("type"), node.first("function_declarator")
+        if made is None or declared is None or node.parent is None or node.parent.kind != "compound_statement":
+            return union([self._visit(kid) for kid in node.kids])
+        listing = declared.field("parameters")
+        values = [self._env.get(self._tree.text(kid), CLEAN) for kid in listing.kids] if listing is not None else []
+        for sink in self._known(squeezed(self._tree.text(made)))[-1]:
+            self._check_call(sink, node, CLEAN, values, {})
+        return CLEAN
 
     def _bind(self, left: Node, value: Value, right: Node | None = None) -> None:
         kind = left.kind
@@ -597,6 +624,9 @@ class Flow:
                     continue
                 if "canonical" in pattern.groupindex and not value.canonical:
                     continue
+                if _SCHEME.search(checked):  # says how a server is asked, not which
+                    self._clear(value, mask & (BITS["redirect"] | BITS["html"]))
+                    continue
                 folder = match.groupdict().get("base")
                 if folder and not self._ends_with_separator(folder):
                     continue
@@ -605,7 +635,12 @@ class Flow:
     def _ends_with_separator(self, name: str) -> bool:
         """Whether `name` is set to a text that ends with a path separator: `/srv/data` also begins `/srv/data-old`."""
         pattern = rf"\b{re.escape(name.split('.')[-1])}\s*(?::[^=\n]+)?:?=[^\n]*(?:[sS]ep(?:arator(?:Char)?)?\b|/[\"'`])\s*\)*\s*;?\s*$"
-        return re.search(pattern, self._tree.code, re.MULTILINE) is not None
+        if re.search(pattern, self._tree.code, re.MULTILINE) is not None:
+            return True
+        # Java's Path compares whole names
+        return (
+            self._tree.language == "java" and re.search(rf"\bPath\s+{re.escape(name)}\b", self._tree.code) is not None
+        )
 
     def _clear(self, value: Value, mask: int) -> None:
         for root in value.roots:
@@ -698,6 +733,7 @@ for _handler, _kinds in (
         ("assignment", "augmented_assignment", "named_expression", "variable_declarator", "assignment_expression", "augmented_assignment_expression",
          "short_var_declaration", "assignment_statement", "var_spec", "const_spec", "init_declarator", "field_definition", "public_field_definition", "resource"),
     ),
+    (Flow._declaration, ("declaration",)),
     (Flow._pair, ("pair", "keyed_element", "jsx_attribute")),
     (Flow._if, ("if_statement", "elif_clause")),
     (Flow._loop, ("for_statement", "for_in_statement", "enhanced_for_statement", "for_range_loop")),

@@ -21,6 +21,9 @@ FUNCTIONS = frozenset(
 )  # fmt: skip
 _WORD = re.compile(r"\w+")
 BY_NAME = "?"  # ends the root of a parameter that nothing but its name says to come from outside
+SILENT = "_"  # begins the root of a parameter whose name says that it is no input
+# `req renderRequest` is what a handler has decoded, and no request of the framework's
+_OWN_REQUEST = re.compile(r"^req\w*\s+\*?(?!http\b)\w*(?:Request|Input|Params|Form|Payload)$")
 _FILE_NAME = re.compile(r"(?i)file|path|url|entry")
 
 
@@ -47,10 +50,12 @@ def bound_parameters(node: Node, tree: Tree, language: Language) -> list[tuple[s
         if tree.enumerations and not tree.enumerations.isdisjoint(_WORD.findall(text)):
             bound.append((name, CLEAN))
             continue
-        if (language.safe_type and language.safe_type.search(text)) or (
-            language.ignored_param and language.ignored_param.search(name) and not annotated
-        ):
+        if language.safe_type and language.safe_type.search(text):
             bound.append((name, CLEAN))
+            continue
+        if language.ignored_param and language.ignored_param.search(name) and not annotated:
+            own = _OWN_REQUEST.search(text) is not None and not is_handler
+            bound.append((name, Value({("~" if own else SILENT) + f"{name}@{node.start}": ALL})))
             continue
         strong = is_handler or (language.strong_param is not None and language.strong_param.search(text) is not None)
         by_name = strong and not is_handler and not annotated

@@ -44,7 +44,7 @@ class Sink:
 
     `args` are positions or names (empty: any argument); `strong` asks for a value that came from outside, not just from a
     parameter; `built` asks for a text put together from parts. `when` and `unless` look at the whole call's text, the
-    same with `_function` at the function around it, its decorators included.
+    same with `_function` at the function around it, its decorators included, and `unless_file` at the whole file.
     """
 
     rule: Rule
@@ -59,6 +59,7 @@ class Sink:
     unless: re.Pattern[str] | None
     unless_function: re.Pattern[str] | None
     when_function: re.Pattern[str] | None
+    unless_file: re.Pattern[str] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +216,7 @@ def _sinks(path: Path, given: dict[str, Any], weaknesses: dict[str, Any]) -> lis
     entry = dict(given)
     rule = _rule(path, entry, weaknesses)
     danger = _mask(path, entry.pop("danger"))
+    unless_file = entry.pop("unless_file", None)  # of the whole rule
     sinks = []
     for given_sink in entry.pop("sinks"):
         sink = {"call": given_sink} if isinstance(given_sink, str) else dict(given_sink)
@@ -232,6 +234,7 @@ def _sinks(path: Path, given: dict[str, Any], weaknesses: dict[str, Any]) -> lis
             _optional(path, sink.pop("unless", None)),
             _optional(path, sink.pop("unless_function", None)),
             _optional(path, sink.pop("when_function", None)),
+            _optional(path, sink.pop("unless_file", unless_file)),
         )
         _nothing_left(path, rule, sink)
         sinks.append(made)
