@@ -17,7 +17,7 @@ _MCL_CURRENT: Final = 1
 _MCL_FUTURE: Final = 2
 _MCL_ONFAULT: Final = 4
 _MADV_HUGEPAGE: Final = 14
-_HUGE_PAGE_BYTES: Final = 2 << 20
+HUGE_PAGE_BYTES: Final = 2 << 20
 _COREDUMP_FILTER: Final = Path("/proc/self/coredump_filter")
 _SWAPS: Final = Path("/proc/swaps")
 _MOUNTS: Final = Path("/proc/self/mountinfo")
@@ -62,8 +62,8 @@ def advise_huge_pages(address: int, num_bytes: int) -> None:
     Only whole large pages inside the range are meant, so no more memory is used than without. A hint: a kernel that
     has no such pages, or none left, says so or gives small ones, and nothing is different but the time.
     """
-    first = -(-address // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
-    end = (address + num_bytes) // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES
+    first = -(-address // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+    end = (address + num_bytes) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
     if first < end:
         _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), _MADV_HUGEPAGE)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import stat
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -15,10 +16,11 @@ from server.errors import ConfigError, KMSDeniedError, KMSDisabledError, KMSErro
 from server.sealed.agent import KEY_REQUEST, KeyAgent
 from server.sealed.format import Suite
 from server.sealed.kms.local import LocalKMS, create_key_file
+from server.sealed.memory import HUGE_PAGE_BYTES
 from server.sealed.model import open_pinned, open_sealed, verify_bytes
 from server.sealed.shard import ShardReader
-from server.sealed.source import load_source, prepare
-from tests.unit.sealed.workshop import Workshop, load, open_workshop, plaintext, small_source
+from server.sealed.source import MemoryShard, load_source, prepare
+from tests.unit.sealed.workshop import Workshop, load, open_workshop, plaintext, small_source, tensor
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,6 +37,31 @@ def test_tensors_survive(workshop: Workshop, suite: Suite, threads: int) -> None
     path = workshop.seal(suite=suite)
     pool = ThreadPoolExecutor(threads) if threads else None
     assert load(path, workshop, pool=pool) == plaintext(small_source())
+
+
+def test_two_threads_never_share_a_large_page(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunk_bytes, pieces_a_page = 1 << 20, HUGE_PAGE_BYTES >> 20
+    source = prepare([MemoryShard([tensor("large", (9_000, 512))])], {"config.json": b'{"dtype": "bfloat16"}'})
+    both_began = threading.Barrier(2)
+    opened: dict[int, int] = {}
+    inner = ShardReader._open_chunk
+
+    def open_chunk(self: ShardReader, chunk: int, file_offset: int, destination: memoryview) -> None:
+        thread, is_first = threading.get_ident(), threading.get_ident() not in opened.values()
+        if chunk > 0:  # 0 is the index
+            opened[chunk] = thread
+            if is_first:
+                both_began.wait(60)
+        inner(self, chunk, file_offset, destination)
+
+    monkeypatch.setattr(ShardReader, "_open_chunk", open_chunk)
+    with ThreadPoolExecutor(1) as pool:
+        loaded = load(workshop.seal(source=source, chunk_bytes=chunk_bytes), workshop, pool=pool)
+    assert loaded == plaintext(source)
+    by_piece = [opened[chunk] for chunk in range(1, 10)]
+    assert len(set(by_piece)) == 2
+    pages = [by_piece[first : first + pieces_a_page] for first in range(0, 9, pieces_a_page)]
+    assert all(len(set(page)) == 1 for page in pages)
 
 
 def test_any_range_of_a_tensor_can_be_read(workshop: Workshop) -> None:
