@@ -19,17 +19,22 @@ from server.guard.aliases import aliases_of
 from server.guard.parameters import BY_NAME, FUNCTIONS, SILENT, bound_parameters, function_name, parameters
 from server.guard.rules import ALL, BITS, MAX_CALLEES, Language, Rule, Sink
 from server.guard.syntax import (
+    ANSWERS,
     ARGUMENTS,
+    ASKS,
     BUILDS,
+    CALLS,
     CLEAN_PROPERTY,
     COLLECTS,
     COMPARISONS,
     COPIES,
+    ESCAPES_HTML,
     FORMATS,
     JOINS_PATHS,
     MEMBERS,
     NAMES,
     OUT_SOURCES,
+    RAISES_OUTSIDE,
     SUBSCRIPTS,
     TYPES,
     VALIDATING,
@@ -72,6 +77,7 @@ class Flow:
         self._functions: dict[str, Node] = {}
         self._summaries: dict[int, Summary | None] = {}
         self._pending: list[tuple[str, Sink, Node]] = []
+        self._answered: dict[str, int] = {}
         self._aliases = aliases_of(tree)
         self._file_sources = [match for has, match in language.file_sources if has.search(tree.code)]
         self.calls: list[tuple[str, Node, Node | None]] = []
@@ -107,8 +113,9 @@ class Flow:
         self._summaries[node.start] = None  # a recursive call sees nothing
         params = bound_parameters(node, self._tree, self._language)
         summary = Summary([name for name, _ in params], [next(iter(v.roots), "") for _, v in params])
-        outer = self._env, self._cleared, self._returns, self._pending
+        outer = self._env, self._cleared, self._returns, self._pending, self._answered
         self._env, self._cleared, self._returns, self._pending = dict(self._env), dict(self._cleared), [], []
+        self._answered = {}
         self._env.update(params)
         body = node.field("body") or (node.kids[-1] if node.kids else None)
         if body is not None:
@@ -117,12 +124,35 @@ class Flow:
                 ("block", "compound_statement")
             ):
                 self._returns.append(self._alive(value))
+                self._answer(body)
         summary.returned = union(self._returns)
+        for root, mask in self._answered.items():
+            self._cleared[root] = self._cleared.get(root, 0) | mask
         summary.cleared = {root: mask for root, mask in self._cleared.items() if root in summary.roots}
         summary.pending = self._pending
-        self._env, self._cleared, self._returns, self._pending = outer
+        self._env, self._cleared, self._returns, self._pending, self._answered = outer
         self._summaries[node.start] = summary
         return summary
+
+    def _answer(self, node: Node) -> None:
+        """`return x in ALLOWED` and the like: what is returned is whether a parameter is fit, so a call of it is a check."""
+        while len(node.kids) == 1 and node.kind in ("parenthesized_expression", "expression_list"):
+            node = node.kids[0]
+        kids = node.kids
+        if node.kind == "binary_expression" and len(kids) == 2:
+            if self._tree.masked[kids[0].end : kids[1].start].strip() not in COMPARISONS | {"||"}:
+                return
+        elif node.kind in CALLS:
+            if not ASKS.search(self._callee(self._tree.code[node.start : kids[-1].start] if kids else "")):
+                return
+        elif node.kind not in ANSWERS:
+            return
+        before = self._cleared
+        self._cleared = {}
+        self._apply_guard(node)
+        for root, mask in self._cleared.items():
+            self._answered[root] = self._answered.get(root, 0) | mask
+        self._cleared = before
 
     # --- expressions ---------------------------------------------------------------------------------------------
 
@@ -254,10 +284,16 @@ class Flow:
         local = self._functions.get(re.split(r"\.|::|->", callee)[-1].removeprefix("new "))
         if callbacks and callee.endswith((".map", ".flatMap")):
             return mapped  # what the function makes of each element, whatever the elements are
+        if tree.enumerations and callee.removeprefix("new ") in tree.enumerations:
+            return CLEAN
         if cleans:
             return union([receiver, *every]).without(cleans)
         if local is not None and not callee.startswith("new "):
-            return self._apply_summary(self._summarise(local), positional, named, callee)
+            result = self._apply_summary(self._summarise(local), positional, named, callee)
+            # a function that writes entities escapes
+            return result.without(BITS["html"]) if result.roots and ESCAPES_HTML.search(tree.text(local)) else result
+        if RAISES_OUTSIDE.search(callee):
+            self._clear(receiver, BITS["path"])
         if VALIDATING.search(callee) and local is None:
             for value in every:
                 self._clear(value, ALL & ~BITS["size"])
@@ -695,6 +731,8 @@ class Flow:
         if value.roots:
             self._returns.append(self._alive(value))
             self._check_target("return", value, node)
+        if node.kids and node.kind == "return_statement":
+            self._answer(node.kids[-1])
         return CLEAN
 
     def _switch(self, node: Node) -> Value:

@@ -62,6 +62,15 @@ VALIDATING = re.compile(
 )
 
 
+# What a predicate returns: a comparison, or a call that asks; a text or a choice of two values is no answer.
+ANSWERS = frozenset({"comparison_operator", "boolean_operator", "not_operator", "unary_expression"})
+CALLS = frozenset({"call", "call_expression", "method_invocation"})
+ASKS = re.compile(
+    r"(?i)(?:^|\.)(?:has\w*|includes|test|match\w*|fullmatch|contains\w*|starts_?with|ends_?with|some|every|any|all|is_?\w+|equals\w*|"
+    r"anyMatch|allMatch|noneMatch|Boolean|bool)$"
+)
+RAISES_OUTSIDE = re.compile(r"\.relative_to$")  # Python: raises where the path is not under the folder
+ESCAPES_HTML = re.compile(r"&lt;|&#60;|&#x3[cC];|\[[^\]\n^]{0,12}<[^\]\n]{0,12}>[^\]\n]{0,12}\]")
 COMPARISONS = frozenset(
     {"==", "!=", "===", "!==", "<", ">", "<=", ">=", "&&", "in", "instanceof", "and", "or", "not in", "is"}
 )
