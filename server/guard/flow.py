@@ -50,6 +50,9 @@ if TYPE_CHECKING:
 
 
 _ONE_VALUE = re.compile(r"\(?\s*[\w.$]+\s*===?\s*(?:[\"'][^\"']*[\"']|\w+)\s*\)?")
+_HELD = re.compile(
+    r"(?:^|\(|!|&&|\|\||\b(?:and|or|not)\b)\s*(?!and\b|or\b|not\b|true\b|false\b)([A-Za-z_]\w*)\s*(?=$|\)|;|&&|\|\||\b(?:and|or)\b)"
+)
 _SCHEME = re.compile(r"\.(?:[sS]cheme|[pP]rotocol|get(?:Scheme|Protocol)\(\)|[pP]ort|getPort\(\)|username|password)$")
 
 
@@ -282,11 +285,15 @@ class Flow:
                 return CLEAN
             return Value({("!" if is_source else "~") + text: ALL})
         local = self._functions.get(re.split(r"\.|::|->", callee)[-1].removeprefix("new "))
+        if local is not None and local.start in self._summaries and self._summaries[local.start] is None:
+            local = None  # within itself: `root.resolve(name)` in a `resolve` of ours is the library's
         if callbacks and callee.endswith((".map", ".flatMap")):
             return mapped  # what the function makes of each element, whatever the elements are
         if tree.enumerations and callee.removeprefix("new ") in tree.enumerations:
             return CLEAN
         if cleans:
+            if local is not None:
+                self._apply_summary(self._summarise(local), positional, named, callee)  # for what it checks
             return union([receiver, *every]).without(cleans)
         if local is not None and not callee.startswith("new "):
             result = self._apply_summary(self._summarise(local), positional, named, callee)
@@ -298,7 +305,8 @@ class Flow:
             for value in every:
                 self._clear(value, ALL & ~BITS["size"])
         joined = bool(FORMATS.search(callee))
-        if joined and JOINS_PATHS.search(callee) and not any(value.roots for value in every[1:]) and not receiver.roots:
+        under = any(mask & BITS["path"] for value in every[1:] for mask in value.roots.values())
+        if joined and JOINS_PATHS.search(callee) and not under and not receiver.roots:
             joined = False  # a folder from outside with a name of our own under it
         if receiver.roots:
             value = union([receiver, *every] if joined or propagates else [receiver], built=joined)
@@ -636,8 +644,7 @@ class Flow:
             text = (
                 self._tree.code[start : node.start].rsplit("\n", 3)[-2:][0] + "\n" + text if "(" not in text else text
             )
-        held = re.fullmatch(r"\(?\s*!?\s*(\w+)\s*\)?", text)
-        if held is not None:  # the check stands in a variable: what was put there counts
+        for held in list(_HELD.finditer(text))[:4]:  # the check stands in a variable: what was put there counts
             before = self._tree.code[max(0, cond.start - 1500) : cond.start]
             puts = list(
                 re.finditer(
@@ -645,7 +652,7 @@ class Flow:
                     before,
                 )
             )
-            text += " " + puts[-1][1] if puts else ""
+            text += " ; " + puts[-1][1] if puts else ""
         text = text.replace("?.", ".")
         for pattern, mask in self._language.validators:
             for match in pattern.finditer(text):

@@ -58,7 +58,7 @@ COLLECTS = re.compile(
 BUILDS = frozenset({"append", "insert", "WriteString"})
 VALIDATING = re.compile(
     r"(?i)^(?:[\w.]*[._])?(?:validate|check|ensure|assert|verify|require|sanitize|guard|must_be|reject|enforce)[\w]*(?:valid|safe|allowed|name|path|url|host|input|id|"
-    r"target|file|identifier|column|user|key|param|within|inside|public|domain|origin|scheme|arg|expr|pattern|filter|table|order|sort|request|address|ip)\w*$"
+    r"target|file|identifier|column|user|key|param|within|inside|public|trusted|domain|origin|scheme|arg|expr|pattern|filter|table|order|sort|request|address|ip)\w*$"
 )
 
 
