@@ -1,4 +1,5 @@
-"""The embedded model sealed in full precision and by every method of `quantize`, each served by the whole server.
+"""The embedded model sealed in full precision, by every method of `quantize`, and from checkpoints in the forms of GPTQ
+and AWQ (`benchmarks.sealed.packed`), each served by the whole server.
 
 `python -m benchmarks.sealed.quantized` (`strongroom bench quantized`): for each method `strongroom serve` is started on
 the sealed model and asked over HTTP, through gateway, policy, template, guard and audit. Told are the size on disk, the
@@ -13,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -23,9 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import yaml
 
 from benchmarks.gateway.kit import free_port, wait_until
 from benchmarks.sealed.load import setting
+from benchmarks.sealed.packed import FORMS, write_checkpoint
+from benchmarks.serving.served import Served
 from server.bootstrap import KMS_KEY, SIGNING_KEY, prepare_folders, read_env
 from server.engine.local import engine_paths
 from server.sealed.embedded import MODEL_ID, load_embedded
@@ -33,12 +38,13 @@ from server.sealed.kms.local import LocalKMS, create_key_file
 from server.sealed.quantize import METHODS, quantize_source
 from server.sealed.seal import seal_model
 from server.sealed.signature import LocalSigner, create_signing_key
+from server.sealed.source import load_source
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "Write a Python function that parses an INI file and returns a dictionary."
 STDLIB = ("heapq", "bisect", "textwrap", "shlex", "fnmatch", "colorsys", "statistics", "csv")
 WINDOW_TOKENS, MAX_WINDOWS, NUM_TOKENS, NUM_ANSWERS = 512, 24, 96, 5
-METHOD_NAMES = ("bf16", *METHODS)
+METHOD_NAMES = ("bf16", *METHODS, *FORMS)
 
 
 def seal(state: Path, method: str) -> None:
@@ -47,14 +53,20 @@ def seal(state: Path, method: str) -> None:
     create_key_file(state / "keys" / KMS_KEY)
     create_signing_key(state / "keys" / SIGNING_KEY)
     source = load_embedded()
+    if method in FORMS:
+        write_checkpoint(state / "plain", source, FORMS[method])
+        source = load_source(state / "plain")
+    elif method != "bf16":
+        source = quantize_source(source, method)
     seal_model(
-        source if method == "bf16" else quantize_source(source, method),
+        source,
         state / "models" / MODEL_ID,
         model_id=MODEL_ID,
         version=1,
         services=[LocalKMS(state / "keys" / KMS_KEY)],
         signer=LocalSigner.load(state / "keys" / SIGNING_KEY),
     )
+    shutil.rmtree(state / "plain", ignore_errors=True)
 
 
 class Server:
@@ -65,9 +77,13 @@ class Server:
         port = free_port()
         self.base = f"http://127.0.0.1:{port}"
         self.log = state.parent / f"{state.name}.log"
+        config = Served(state).write_config()
+        raw = yaml.safe_load(config.read_text())
+        del raw["models"][1:]  # the embedding model would take a core
+        config.write_text(yaml.safe_dump(raw))
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "server.cli", "serve", "--config", str(ROOT / "configs" / "strongroom.yaml"),
+                [sys.executable, "-m", "server.cli", "serve", "--config", str(config),
                  "--port", str(port), "--state", str(state), "--prepare-embedded"],
                 cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
                 env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
@@ -182,7 +198,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     ]
     for name in (n for n in METHOD_NAMES if n in rows):
         row = rows[name]
-        cells = [name, f"{row['bytes'] / 1e6:.1f}"]
+        cells = [f"{name} (packed by round to nearest)" if name in FORMS else name, f"{row['bytes'] / 1e6:.1f}"]
         cells.append(f"{row['worker_bytes'] / 2**20:.0f}" if "worker_bytes" in row else "")
         cells.append(f"{row['tokens_s']:.1f}" if "tokens_s" in row else "")
         cells.append(f"{row['perplexity']:.2f}" if "perplexity" in row else "")
