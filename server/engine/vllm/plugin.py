@@ -23,8 +23,10 @@ def register() -> None:
     """
     from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER, register_model_loader
 
+    from server.engine.vllm.int4 import register_int4
     from server.engine.vllm.loader import StrongroomLoader
 
+    register_int4()
     if _LOAD_FORMAT_TO_MODEL_LOADER.get(LOAD_FORMAT) is not StrongroomLoader:
         register_model_loader(LOAD_FORMAT)(StrongroomLoader)
     if importlib.util.find_spec("vllm_bnb_plugin") is not None:
