@@ -107,6 +107,8 @@ def protocol_for(listener: ListenerSettings) -> type[HttpToolsProtocol]:
             self._header_bytes = 0
             self._num_headers = 0
             self._head_complete = False
+            self._is_stuck = False
+            self._stuck_bytes = 0
             self._header_timer: asyncio.TimerHandle | None = None
             self._certificate: bytes | None = None
             ssl_object = transport.get_extra_info("ssl_object")
@@ -124,7 +126,12 @@ def protocol_for(listener: ListenerSettings) -> type[HttpToolsProtocol]:
 
         @override
         def data_received(self, data: bytes) -> None:
+            self._is_stuck = True  # until the parser finds something whole in it
             self._feed(data)
+            # It keeps the unfinished header or trailer for as long as more of it comes, and copies it each time.
+            self._stuck_bytes = self._stuck_bytes + len(data) if self._is_stuck else 0
+            if self._stuck_bytes > listener.max_header_bytes:
+                self._refuse_head()
             # A head that came whole needs no timer. One that is open does, and so do bytes that belong to no request.
             cycle: Any = self.cycle  # None before the first request, whatever uvicorn's annotation says
             if (
@@ -175,6 +182,7 @@ def protocol_for(listener: ListenerSettings) -> type[HttpToolsProtocol]:
 
         @override
         def on_message_begin(self) -> None:
+            self._is_stuck = False
             self._header_bytes = 0
             self._num_headers = 0
             self._head_complete = False
@@ -196,6 +204,7 @@ def protocol_for(listener: ListenerSettings) -> type[HttpToolsProtocol]:
 
         @override
         def on_headers_complete(self) -> None:
+            self._is_stuck = False
             self._stop_header_timer()
             self._head_complete = True
             if self.transport.is_closing():
@@ -220,11 +229,13 @@ def protocol_for(listener: ListenerSettings) -> type[HttpToolsProtocol]:
 
         @override
         def on_body(self, body: bytes) -> None:
+            self._is_stuck = False
             if not self.transport.is_closing():
                 super().on_body(body)
 
         @override
         def on_message_complete(self) -> None:
+            self._is_stuck = False
             if not self.transport.is_closing() and not self.parser.should_upgrade():
                 super().on_message_complete()
 
@@ -243,9 +254,13 @@ def protocol_for(listener: ListenerSettings) -> type[HttpToolsProtocol]:
             self.transport.close()
 
         def _count(self, size: int) -> None:
+            self._is_stuck = False
             self._header_bytes += size
-            too_large = self._header_bytes > listener.max_header_bytes or self._num_headers > MAX_HEADERS
-            if too_large and not self.transport.is_closing():
+            if self._header_bytes > listener.max_header_bytes or self._num_headers > MAX_HEADERS:
+                self._refuse_head()
+
+        def _refuse_head(self) -> None:
+            if not self.transport.is_closing():
                 self._refuse(
                     _plain_response(
                         431,

@@ -8,6 +8,8 @@ from contextlib import suppress
 
 import pytest
 
+from benchmarks.gateway.kit import make_kit
+
 BODY = json.dumps({"model": "tiny-coder", "messages": [{"role": "user", "content": "hi"}]}).encode()
 
 
@@ -143,3 +145,32 @@ def test_a_refused_request_leaves_the_answer_before_it_alone(make_gateway):
             assert answer.startswith(b"HTTP/1.1 200")
         answer = exchange(kit, head.encode() + b"transfer-encoding: chunked\r\n\r\n", b"no length\r\n")
         assert answer.startswith(b"HTTP/1.1 400")  # in the body of a request that nobody has answered
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"GET /livez HTTP/1.1\r\nhost: x\r\na: ",
+        b"GET /livez HTTP/1.1\r\nhost: x\r\n",  # and then a name
+        b"GET /",
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n1\r\n{\r\n0\r\na: ",
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n1;a=",
+    ],
+    ids=["value", "name", "target", "trailer", "chunk extension"],
+)
+def test_what_never_ends_is_refused_by_its_size(patient, start):
+    """K3: the parser keeps what is unfinished, and copies it with each piece that comes."""
+    host, _, port = patient.base.removeprefix("http://").rpartition(":")
+    endless = b"b" * (32 * 1024 * 1024)  # far more than what stands in the buffers of both sides
+    with socket.create_connection((host, int(port)), timeout=60) as sock:
+        sock.sendall(start)
+        with pytest.raises(ConnectionError):
+            sock.sendall(endless)
+
+
+@pytest.fixture(scope="module")
+def patient(tmp_path_factory):
+    """A gateway that waits long for heads and bodies, so that no time limit cuts anything off."""
+    public = {"header_timeout_s": 120, "body_timeout_s": 120}
+    with make_kit(tmp_path_factory.mktemp("patient"), public=public) as kit:
+        yield kit
