@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from server.api import fields
-from server.api.schemas import check_schema
+from server.api.schemas import check_schema, check_tools
 from server.api.wire import ToolCalls, assemble, findings_of
 from server.errors import RequestError
 from server.types import Chat, ModelRequest, WireFormat
@@ -299,7 +299,9 @@ def parse_tools(value: Any) -> tuple[dict[str, Any], ...]:
             log.info("dropped a tool of a type this server does not know", extra={"index": i})
             continue
         tools.append(parse_function(tool.get("function"), f"tools[{i}].function"))
-    return tuple(tools)
+    found = tuple(tools)
+    check_tools(found)
+    return found
 
 
 def parse_function(function: Any, where: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import orjson
 
 from server.api import fields
 from server.api.chat import parse_function
+from server.api.schemas import check_tools
 from server.api.wire import assemble, findings_of, new_call_id
 from server.errors import RequestError
 from server.types import Chat, ModelRequest, WireFormat
@@ -355,7 +356,9 @@ def _parse_tools(value: Any) -> tuple[dict[str, Any], ...]:
             "strict": tool.get("strict"),
         }
         tools.append(parse_function(function, f"tools[{i}]"))
-    return tuple(tools)
+    found = tuple(tools)
+    check_tools(found)
+    return found
 
 
 def _parse_tool_choice(value: Any, tools: tuple[dict[str, Any], ...]) -> tuple[str | dict[str, Any] | None, bool]:

@@ -12,6 +12,7 @@ import orjson
 
 from server.api import fields
 from server.api.chat import parse_function, parse_response_format, parse_tool_choice
+from server.api.schemas import check_tools
 from server.api.wire import assemble, findings_of, merge_tool_call
 from server.errors import RequestError
 from server.types import Chat, Continuation, ModelRequest, WireFormat
@@ -440,7 +441,9 @@ def _parse_tools(value: Any) -> tuple[dict[str, Any], ...]:
             log.info("dropped a tool of a type this server does not know", extra={"index": i})
             continue
         tools.append(parse_function(tool, f"tools[{i}]"))
-    return tuple(tools)
+    found = tuple(tools)
+    check_tools(found)
+    return found
 
 
 def _parse_format(value: Any) -> dict[str, Any] | None:

@@ -5,12 +5,27 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import orjson
+
 from server.errors import RequestError
 
 MAX_NODES = 2000
 MAX_DEPTH = 32
 MAX_PATTERN_CHARS = 256
+MAX_LITERAL_CHARS = 1024
+MAX_LITERALS_CHARS = 32_768
+"""Of names, `enum` and `const` together: the compiler makes a state of each character; 200,000 of them take minutes."""
+
+MAX_TOOLS_CHARS = 2 * MAX_LITERALS_CHARS
+"""The same of all tools of a request, which a forced choice compiles at once."""
+
+MAX_UNTYPED = 128
+"""Members that may be anything: 500 of them take the compiler half a minute, 1,000 several minutes."""
+
 _TYPES = {"string", "number", "integer", "boolean", "object", "array", "null"}
+_TYPED = frozenset({"type", "enum", "const", "$ref", "anyOf", "oneOf", "allOf", "properties", "items", "pattern"})
+_MAPS = ("properties", "patternProperties", "$defs", "definitions")
+_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 # A quantified group that holds a quantifier: `(a+)+` backtracks exponentially in engines that backtrack.
 _NESTED_QUANTIFIER = re.compile(r"\([^()]*[+*}][^()]*\)\s*[+*{]")
 
@@ -26,23 +41,93 @@ def check_schema(schema: Any, param: str) -> None:
     """
     if not isinstance(schema, dict):
         raise RequestError(f"'{param}' must be a JSON schema object.", param=param)
-    num_nodes = 0
-    level: list[Any] = [schema]
+    num_nodes = num_untyped = num_chars = 0
+    level: list[tuple[Any, bool]] = [(schema, True)]
     for _ in range(MAX_DEPTH):
-        deeper: list[Any] = []
-        for node in level:
+        deeper: list[tuple[Any, bool]] = []
+        for node, is_schema in level:
             num_nodes += 1
             if isinstance(node, dict):
                 _check_node(node, param)
-                deeper.extend(v for v in node.values() if isinstance(v, dict | list))
-            else:
-                deeper.extend(v for v in node if isinstance(v, dict | list))
+                if is_schema:
+                    num_untyped += sum(map(_is_untyped, _members(node)))
+                    num_chars += sum(_count_literals(node, param))
+            deeper += _children(node, is_schema=is_schema)
         if num_nodes > MAX_NODES:
             raise RequestError(f"'{param}' has more than {MAX_NODES} nodes; use a smaller schema.", param=param)
+        if num_untyped > MAX_UNTYPED:
+            raise RequestError(f"'{param}' leaves more than {MAX_UNTYPED} members without a type.", param=param)
+        if num_chars > MAX_LITERALS_CHARS:
+            raise RequestError(
+                f"'{param}' has more than {MAX_LITERALS_CHARS} characters of names and fixed values.", param=param
+            )
         if not deeper:
             return
         level = deeper
     raise RequestError(f"'{param}' is nested deeper than {MAX_DEPTH} levels.", param=param)
+
+
+def check_tools(tools: tuple[dict[str, Any], ...]) -> None:
+    """Check what the schemas of a request's tools come to together; each has passed `check_schema`.
+
+    Raises:
+        RequestError: They pass the bound.
+    """
+    if len(orjson.dumps(tools)) <= MAX_TOOLS_CHARS:  # as for nearly every request
+        return
+    num_chars = 0
+    level: list[tuple[Any, bool]] = [(tool["function"]["parameters"], True) for tool in tools]
+    while level:
+        num_chars += sum(
+            sum(_count_literals(node, "tools")) for node, is_schema in level if is_schema and isinstance(node, dict)
+        )
+        level = [child for node, is_schema in level for child in _children(node, is_schema=is_schema)]
+    if num_chars > MAX_TOOLS_CHARS:
+        raise RequestError(
+            f"'tools' have more than {MAX_TOOLS_CHARS} characters of names and fixed values together; send fewer.",
+            param="tools",
+        )
+
+
+def _children(node: Any, *, is_schema: bool) -> list[tuple[Any, bool]]:
+    """Return what lies in a node, each with whether it is a schema; else it maps names, the caller's, to schemas."""
+    if not isinstance(node, dict):
+        return [(value, True) for value in node if isinstance(value, dict | list)]
+    return [
+        (value, not (is_schema and name in _MAPS)) for name, value in node.items() if isinstance(value, dict | list)
+    ]
+
+
+def _members(node: dict[str, Any]) -> list[Any]:
+    """Return the schemas of a node that stand side by side."""
+    found: list[Any] = []
+    for name in _MAPS:
+        if isinstance(members := node.get(name), dict):
+            found += members.values()
+    for name in _LISTS:
+        if isinstance(members := node.get(name), list):
+            found += members
+    return found
+
+
+def _is_untyped(schema: Any) -> bool:
+    if not isinstance(schema, dict):
+        return True  # `true`, or `false`
+    kind = schema.get("type")
+    return not schema.keys() & _TYPED or (isinstance(kind, list) and len(kind) > 3)
+
+
+def _count_literals(node: dict[str, Any], param: str) -> list[int]:
+    literals = [node["const"]] if "const" in node else []
+    for name, kind in (("enum", list), ("properties", dict)):
+        if isinstance(values := node.get(name), kind):
+            literals += values
+    sizes = [1 + len(value if isinstance(value, str) else str(value)) for value in literals]
+    if max(sizes, default=0) > MAX_LITERAL_CHARS:
+        raise RequestError(
+            f"'{param}' has a name or a fixed value of more than {MAX_LITERAL_CHARS} characters.", param=param
+        )
+    return sizes
 
 
 def _check_node(node: dict[str, Any], param: str) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from server.api.body import MAX_VALUES, parse_json_object
 from server.api.public import MODEL_ROUTES
+from server.api.schemas import check_schema
 from server.errors import RequestError
 from server.registry.served import INLINE_CHARS, text_chars
 from server.types import Chat, ModelRequest, WireFormat
@@ -96,6 +97,61 @@ def test_every_pattern_of_a_schema_is_bounded(schema):
     wanted = {"type": "json_schema", "json_schema": {"schema": schema}}
     with pytest.raises(RequestError):
         FORMATS["/v1/chat/completions"].parse({**CHAT, "response_format": wanted})
+
+
+def named(num, schema):
+    return {"type": "object", "properties": {f"p{n}": schema for n in range(num)}}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"const": "ab" * 100_000},
+        {"const": {"a": "ab" * 100_000}},
+        {"enum": ["ab" * 100_000]},
+        {"enum": [f"{n:032x}" for n in range(4_000)]},
+        {"type": "object", "properties": {"ab" * 100_000: {"type": "string"}}},
+        named(1_000, True),
+        named(1_000, {}),
+        named(1_000, {"description": "anything"}),
+        named(1_000, {"type": ["string", "number", "object", "array", "null"]}),
+        {"anyOf": [True] * 1_000},
+        {"items": {"anyOf": [named(100, True), named(100, True)]}},
+        {"default": named(1_000, True)},  # a reference may lead there
+    ],
+)
+def test_what_takes_a_grammar_compiler_minutes_is_refused(schema):
+    """T2: the engine compiles it for one caller while the others wait; the worst of them took minutes."""
+    with pytest.raises(RequestError) as caught:
+        check_schema(schema, "schema")
+    assert caught.value.param == "schema"
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        named(400, {"type": ["string", "null"], "description": "x" * 2_000, "default": "y" * 2_000}),
+        {"enum": [f"value-{n}" for n in range(1_000)]},
+        {**named(100, {}), "additionalProperties": False},
+        named(1, {"anyOf": [{"$ref": "#/$defs/a"}, {"const": 7}], "examples": ["z" * 5_000]}),
+        {"type": "object", "properties": {"const": {"type": "string", "description": "x" * 5_000}}},
+    ],
+)
+def test_schemas_of_real_tools_pass(schema):
+    check_schema(schema, "schema")
+
+
+@pytest.mark.parametrize("num", [2, 8])
+def test_many_tools_are_bounded_together(num):
+    schema = {"enum": [f"{n:030x}" for n in range(800)]}
+    tools = [{"type": "function", "function": {"name": f"f{n}", "parameters": schema}} for n in range(num)]
+    body = {**CHAT, "tools": tools, "tool_choice": "required"}
+    if num == 2:
+        FORMATS["/v1/chat/completions"].parse(body)
+        return
+    with pytest.raises(RequestError) as caught:
+        FORMATS["/v1/chat/completions"].parse(body)
+    assert caught.value.param == "tools"
 
 
 def test_ordinary_patterns_pass():

@@ -152,6 +152,8 @@ def deep(levels):
         {"type": "string", "pattern": "a{60000}"},
         {"type": "object", "$ref": "https://example.com/schema.json"},
         {"type": "planet"},
+        {"const": "ab" * 1000},
+        {"type": "object", "properties": {f"p{n}": {} for n in range(200)}},
         "not a schema",
     ],
 )
