@@ -208,7 +208,7 @@ def _message(item: Any, where: str) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "tool" if role == "function" else role}
     message["content"] = _content(item.get("content"), f"{where}.content", required=role not in ("assistant",))
     if item.get("name") is not None:
-        if not isinstance(item["name"], str) or not fields.NAME.match(item["name"]):
+        if not isinstance(item["name"], str) or not fields.NAME.fullmatch(item["name"]):
             raise fields.wrong(f"{where}.name", "letters, digits, '_', '-', '.', at most 128 of them")
         message["name"] = item["name"]
     if role == "assistant":
@@ -260,7 +260,7 @@ def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise fields.wrong(f"{where}[{i}]", "a function call with a name")
-        if not fields.NAME.match(function["name"]):
+        if not fields.NAME.fullmatch(function["name"]):
             raise fields.wrong(f"{where}[{i}].function.name", "letters, digits, '_', '-', '.', at most 128 of them")
         arguments = function.get("arguments") or "{}"
         if not isinstance(arguments, str):
@@ -312,7 +312,7 @@ def parse_function(function: Any, where: str) -> dict[str, Any]:
     """
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise fields.wrong(where, "an object with a name")
-    if not fields.NAME.match(function["name"]):
+    if not fields.NAME.fullmatch(function["name"]):
         raise fields.wrong(f"{where}.name", "letters, digits, '_', '-', '.', at most 128 of them")
     kept: dict[str, Any] = {"name": function["name"]}
     if function.get("description") is not None:
@@ -371,7 +371,7 @@ def parse_response_format(value: Any) -> dict[str, Any] | None:
         raise fields.wrong("response_format.json_schema", "an object with a schema")
     check_schema(schema.get("schema"), "response_format.json_schema.schema")
     name = schema.get("name", "response")
-    if not isinstance(name, str) or not fields.NAME.match(name):
+    if not isinstance(name, str) or not fields.NAME.fullmatch(name):
         raise fields.wrong("response_format.json_schema.name", "letters, digits, '_' and '-'")
     return {
         "type": "json_schema",

@@ -293,7 +293,7 @@ def _assistant(blocks: list[Any], where: str) -> dict[str, Any]:
         kind = block.get("type") if isinstance(block, dict) else None
         if kind == "text" and isinstance(block.get("text"), str):
             texts.append(block["text"])
-        elif kind == "tool_use" and isinstance(block.get("name"), str) and fields.NAME.match(block["name"]):
+        elif kind == "tool_use" and isinstance(block.get("name"), str) and fields.NAME.fullmatch(block["name"]):
             call_id = block.get("id")
             if not isinstance(call_id, str) or not call_id or len(call_id) > 256:
                 raise fields.wrong(f"{where}[{i}].id", "a string of at most 256 characters")

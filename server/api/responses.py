@@ -343,7 +343,7 @@ def _instructions(value: Any) -> list[dict[str, Any]]:
 def _previous(value: Any) -> str | None:
     if value is None:
         return None
-    if not isinstance(value, str) or not fields.NAME.match(value):
+    if not isinstance(value, str) or not fields.NAME.fullmatch(value):
         raise fields.wrong("previous_response_id", "the id of a response")
     return value
 
@@ -390,7 +390,7 @@ def parse_items(value: Any) -> list[dict[str, Any]]:
 
 def _add_call(messages: list[dict[str, Any]], item: dict[str, Any], where: str) -> None:
     name = item.get("name")
-    if not isinstance(name, str) or not fields.NAME.match(name):
+    if not isinstance(name, str) or not fields.NAME.fullmatch(name):
         raise fields.wrong(f"{where}.name", "letters, digits, '_', '-', '.', at most 128 of them")
     arguments = item.get("arguments", "{}")
     if not isinstance(arguments, str):

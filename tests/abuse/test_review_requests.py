@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 
@@ -160,3 +161,17 @@ def test_ordinary_patterns_pass():
     payload = FORMATS["/v1/chat/completions"].parse({**CHAT, "response_format": wanted}).payload
     assert isinstance(payload, Chat)
     assert payload.response_format
+
+
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
+def test_a_name_ends_where_it_ends(route):
+    """A line break in a tool's name would stand in the prompt outside any text of the caller's."""
+    schema = {"type": "object"}
+    bodies: dict[str, dict[str, Any]] = {
+        "/v1/chat/completions": {"tools": [{"type": "function", "function": {"name": "f\n", "parameters": schema}}]},
+        "/v1/messages": {"max_tokens": 8, "tools": [{"name": "f\n", "input_schema": schema}]},
+        "/v1/responses": {"input": "hi", "tools": [{"type": "function", "name": "f\n", "parameters": schema}]},
+    }
+    with pytest.raises(RequestError) as caught:
+        FORMATS[route].parse({**CHAT, **bodies[route]})
+    assert "name" in (caught.value.param or "")
