@@ -244,7 +244,6 @@ def build_gateway(settings: Settings) -> Gateway:
         AdminDeps(
             access=access,
             models=models,
-            policy=policy,
             guard=guard,
             listener=settings.admin,
             metrics=lambda: _metrics_text(metrics, own_engines, audit, appender, settings.audit_dir),

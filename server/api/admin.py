@@ -13,7 +13,7 @@ from server.api.body import Body, parse_json_object
 from server.api.edge import Edge
 from server.api.exchange import read_client, read_credentials
 from server.api.public import MODEL_ROUTES, install_error_handlers, json_response
-from server.errors import PermissionDeniedError, RequestError
+from server.errors import RequestError
 from server.pipeline import canonical
 from server.policy.permissions import Permission
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
     from server.api.access import Access
-    from server.ports import Guard, Models, Policy
+    from server.ports import Guard, Models
     from server.settings import ListenerSettings
 
 
@@ -34,7 +34,6 @@ class AdminDeps:
 
     access: Access
     models: Models
-    policy: Policy
     guard: Guard
     listener: ListenerSettings
     metrics: Callable[[], Awaitable[bytes]]
@@ -79,9 +78,7 @@ def build_admin(deps: AdminDeps) -> ASGIApp:
         wanted = fmt.parse(inner)
         model = deps.models.find(wanted.model)
         wanted = canonical(wanted, model)
-        decision = deps.policy.decide(principal, fmt.action, wanted, client)
-        if not decision.allowed:
-            raise PermissionDeniedError(decision.reason)
+        decision = await deps.access.permit(principal, fmt.action, wanted, client, "/admin/render")
         wanted, scan = await deps.guard.admit(wanted, decision.obligations)
         prompt = await model.render(wanted, decision.obligations, principal)
         max_tokens = model.clamp(wanted, prompt, decision.obligations)

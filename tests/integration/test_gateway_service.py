@@ -198,3 +198,18 @@ def test_render_shows_what_would_go_to_the_engine(gateway, admin_key, key, path)
     own = httpx.post(gateway.base + path, json=bad["body"], headers=auth(admin_key))
     assert refused.status_code == own.status_code == 400
     assert refused.json()["error"]["message"] == own.json()["error"]["message"]
+
+
+def test_rendering_what_one_may_not_ask_is_refused_on_record(gateway):
+    """Operators may see prompts, and reach no model by themselves."""
+    key = gateway.working_key(groups={"operators"}, subject="renders")
+    asked = {"path": "/v1/chat/completions", "body": {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}}
+    headers = {"authorization": f"Bearer {key}"}
+    answer = httpx.post(gateway.admin + "/admin/render", json=asked, headers=headers, timeout=30)
+    assert answer.status_code == 403, answer.text
+    last = gateway.entries()[-1]
+    assert (last["event"], last["route"], last["action"]) == (
+        "admin:request:refused",
+        "/admin/render",
+        "model:chat:create",
+    )
