@@ -229,10 +229,12 @@ class Flow:
         body, cond, other = kids if self._tree.language == "python" else (kids[1], kids[0], kids[2])
         self._visit(cond)
         cleared = dict(self._cleared)
-        if _ONE_VALUE.fullmatch(self._tree.text(cond)):  # `x == "/" ? "index" : x`: the rest is still anything
-            return union([self._alive(self._visit(body)), self._alive(self._visit(other))])
+        rest = None
+        if _ONE_VALUE.fullmatch(self._tree.text(cond)):  # `x == "/" ? "index" : x`: the last is still anything
+            rest = self._alive(self._visit(other))
         self._apply_guard(cond)
-        value = union([self._alive(self._visit(body)), self._alive(self._visit(other))])
+        value = self._alive(self._visit(body))
+        value = union([value, self._alive(self._visit(other)) if rest is None else rest])
         self._cleared = cleared
         return value
 
