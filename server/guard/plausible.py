@@ -173,7 +173,7 @@ def is_context_secret(kind: str, match: re.Match[str], key: str) -> bool:
         if _CONNECTION.search(match.string, 0, match.start("v")):
             return not WORDY.match(value) and entropy_bits(value) >= 2.8
         return not WORDY.match(value) and not _IDENTIFIER.match(value + ";")
-    return not WORDY.match(value)
+    return not WORDY.match(value) and value.count(" ") < 2  # a sentence to the reader is none
 
 
 _EXAMPLE = re.compile(
