@@ -284,6 +284,33 @@ def test_files_hold_the_log_in_order_and_are_never_written_twice(tmp_path: Path)
     assert {path: path.stat().st_mtime_ns for path in worm.iterdir()} == stamps
 
 
+@pytest.mark.parametrize("cut_at", [".jsonl", ".checkpoint"])
+def test_a_range_that_grew_after_a_cut_stands_once(
+    tmp_path: Path, cut_at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store goes away just behind a rename; what came meanwhile is sent with the same range again."""
+    make_log(tmp_path / "audit", 40)
+    sink = FileSink(tmp_path / "worm", origin=ORIGIN)
+    lines = [sink.message(index, entry) for index, entry in entries_from(tmp_path / "audit", 0)]
+    sink.send([*lines[:10], b"note"])
+    cut = Path.rename
+
+    def rename(path: Path, target: Path) -> None:
+        cut(path, target)
+        if target.suffix == cut_at:
+            raise OSError("the store went away")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", rename)
+        with pytest.raises(OSError, match="went away"):
+            sink.send([*lines[10:20], b"note"])
+    again = sink if cut_at == ".jsonl" else FileSink(tmp_path / "worm", origin=ORIGIN)  # the exporter was killed
+    again.send([*lines[10:30], b"note"])
+    again.send([*lines[30:], b"note"])
+    written = [path.read_bytes() for path in sorted((tmp_path / "worm").glob("*.jsonl"))]
+    assert b"".join(written) == b"".join(lines)
+
+
 def test_a_damaged_cursor_is_named(tmp_path: Path) -> None:
     (tmp_path / "cursor").write_text("{}")
     with pytest.raises(ConfigError, match="cursor"):

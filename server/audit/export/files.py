@@ -21,6 +21,7 @@ class FileSink:
         self._folder = folder
         self._origin = origin
         self._device: int | None = None
+        self._may_stand = True  # what comes next, of a send that was cut off
 
     def message(self, index: int, data: bytes) -> bytes:
         """Return one entry's line."""
@@ -35,15 +36,23 @@ class FileSink:
         """Write one file of lines and one checkpoint, named by the range; durable on return.
 
         Raises:
-            OSError: Nothing of this range stands yet, or all of it; send it again.
+            OSError: Nothing of this range stands yet, or all its lines; send it again, with what came meanwhile.
         """
         *lines, note = messages
         self._check_mount()
-        if lines:
-            first, last = (int(line[9 : line.index(b",")]) for line in (lines[0], lines[-1]))
-            name = f"{first:020d}-{last:020d}"
-            self._write(f"{name}.jsonl", b"".join(lines))
+        new = self._not_standing(lines) if lines and self._may_stand else lines
+        self._may_stand = True
+        if new:
+            name = f"{_index(new[0]):020d}-{_index(new[-1]):020d}"
+            self._write(f"{name}.jsonl", b"".join(new))
             self._write(f"{name}.checkpoint", note)
+        self._may_stand = len(new) < len(lines)  # then so may the next
+
+    def _not_standing(self, lines: list[bytes]) -> list[bytes]:
+        """Return the lines behind those that a file holds already: a range sent again has often grown."""
+        first = _index(lines[0])
+        lasts = [int(path.stem[21:]) for path in self._folder.glob(f"{first:020d}-*.jsonl")]
+        return lines[max(lasts, default=first - 1) - first + 1 :]
 
     def _check_mount(self) -> None:
         """Notice a store that was unmounted: what is written into its empty mount point would not be in the store."""
@@ -67,3 +76,7 @@ class FileSink:
 
     def close(self) -> None:
         """Nothing stays open."""
+
+
+def _index(line: bytes) -> int:
+    return int(line[9 : line.index(b",")])
