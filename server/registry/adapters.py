@@ -7,14 +7,13 @@ it dropped it for another.
 from __future__ import annotations
 
 import os
-import shutil
 from contextlib import ExitStack
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
 from server.errors import ConfigError, StartError
 from server.sealed.memory import is_tmpfs
-from server.sealed.stage import clear_staged
+from server.sealed.stage import new_staged
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -83,24 +82,16 @@ def stage_adapters(model: ModelSettings, folder: Path) -> None:
 
     Raises:
         ConfigError: An adapter is not what the settings approve, by name, or can't be read or copied.
-        StartError: The folder is somebody else's, or not on a tmpfs.
+        StartError: The folder is somebody else's, not on a tmpfs, or can't be written.
     """
     if not is_tmpfs(folder.parent):
         raise StartError(f"{folder.parent} is not a tmpfs: adapters are handed to an engine in memory only.")
-    clear_staged(folder)
-    try:
-        folder.mkdir(mode=0o700)
-    except OSError as err:
-        raise StartError(f"{folder} cannot be made: {err.strerror}. Remove what stands there.") from err
-    try:
+    with new_staged(folder):
         targets = staged_paths(model, folder)
         for adapter in model.adapters:
             if adapter.path is not None:
                 targets[adapter.id].mkdir(mode=0o700)
                 _require_approved(adapter, digest_adapter(adapter.path, copy_to=targets[adapter.id]))
-    except BaseException:
-        shutil.rmtree(folder)
-        raise
 
 
 def _require_approved(adapter: AdapterSettings, digest: str) -> None:

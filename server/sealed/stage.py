@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import stat
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -23,7 +24,7 @@ from server.sealed.model import read_plain_file
 from server.sealed.shard import ShardReader
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from server.sealed.agent import Release
     from server.sealed.model import SealedModel
@@ -94,14 +95,25 @@ def stage_files(release: Release, folder: Path) -> None:
             f"{model.core.model_id} has sealed config and tokenizer files, which may be opened in memory only, and "
             f"{place} can be swapped to a disk. Turn swap off ('swapoff -a'), or mount the tmpfs with 'noswap'."
         )
+    with new_staged(folder):
+        for name, content in read_files(model, release.data_key.reveal()).items():
+            _write(folder / name, content)
+
+
+@contextmanager
+def new_staged(folder: Path) -> Iterator[None]:
+    """Make a staged folder (0700) anew for the block that fills it; where that fails, nothing is left of it.
+
+    Raises:
+        StartError: The folder is somebody else's, or can't be made or written.
+    """
     clear_staged(folder)
     try:
         folder.mkdir(mode=0o700)
     except OSError as err:
         raise StartError(f"{folder} cannot be made: {err.strerror}. Remove what stands there.") from err
     try:
-        for name, content in read_files(model, release.data_key.reveal()).items():
-            _write(folder / name, content)
+        yield
     except OSError as err:
         shutil.rmtree(folder)
         raise StartError(f"{folder} cannot be written: {err.strerror}.") from err
