@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from server.commands.scan import above, print_text, to_json
+from server.commands.scan import print_reports
 from server.errors import ConfigError
-from server.guard.sarif import to_sarif
 from server.pipelines import endpoint, review
 from server.types import ScanReport, ScanState
 
@@ -59,15 +57,7 @@ def run(args: argparse.Namespace) -> int:
             "(in the policies that ship: reviewers).",
             file=sys.stderr,
         )
-    floor = review.SEVERITIES.index(args.severity)
-    merged = {path: above(report, floor) for path, report in review.merge(reports).items()}
-    if args.format == "sarif":
-        print(json.dumps(to_sarif(merged.items()), indent=2))
-    elif args.format == "json":
-        print(json.dumps(to_json(merged), indent=2))
-    else:
-        print_text(merged)
-    return 0 if all(report.state is ScanState.CLEAN for report in merged.values()) else 1
+    return print_reports(review.merge(reports), severity=args.severity, form=args.format)
 
 
 async def _review(

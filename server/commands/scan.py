@@ -17,7 +17,7 @@ from server.types import ScanReport, ScanState
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 HELP = "scan files for credentials and insecure code"
 EPILOG = (
@@ -57,15 +57,20 @@ def run(args: argparse.Namespace) -> int:
     else:
         for item in _watched(texts):
             reports[item[0]] = _scan_one(item)
-    floor = scan.SEVERITIES.index(args.severity)
-    reports = {name: above(report, floor) for name, report in reports.items()}
-    if args.format == "sarif":
-        print(json.dumps(to_sarif(reports.items()), indent=2))
-    elif args.format == "json":
-        print(json.dumps(to_json(reports), indent=2))
+    return print_reports(reports, severity=args.severity, form=args.format)
+
+
+def print_reports(reports: Mapping[str, ScanReport], *, severity: str, form: str) -> int:
+    """Print what is `severity` or worse as `text`, `json` or `sarif`; 0 only where all was scanned and nothing left."""
+    floor = scan.SEVERITIES.index(severity)
+    shown = {name: above(report, floor) for name, report in reports.items()}
+    if form == "sarif":
+        print(json.dumps(to_sarif(shown.items()), indent=2))
+    elif form == "json":
+        print(json.dumps(to_json(shown), indent=2))
     else:
-        print_text(reports)
-    return 0 if all(report.state is ScanState.CLEAN for report in reports.values()) else 1
+        print_text(shown)
+    return 0 if all(report.state is ScanState.CLEAN for report in shown.values()) else 1
 
 
 def to_json(reports: dict[str, ScanReport]) -> dict[str, Any]:
