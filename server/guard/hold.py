@@ -6,22 +6,24 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from typing_extensions import override
+
 from server.guard import characters, secrets
-from server.guard.fences import Segment, Segmenter, may_become_code
+from server.guard.fences import may_become_code
+from server.guard.lines import LINE, KeptText
 
 if TYPE_CHECKING:
-    from server.types import Finding
+    from server.guard.fences import Segment
 
 # The longest text a context rule wants before a value, with room to spare: older text of a line needs no second look.
 _WINDOW_CHARS = 640
 _HEAD_CHARS = 256
-_LINE = re.compile(r"[^\r\n]*[\r\n]|[^\r\n]+")
 _PLAIN = re.compile(r"[A-Za-z ,.;!?’()]{0,24}")
 _WORD_END = re.compile(r"(?<![A-Za-z0-9_.\-])[A-Za-z0-9_.\-]*+\Z")
 _ESCAPE_END = re.compile(r"(?:\x1b[^A-Za-z~\x07]{0,70}|[^\x20-\x7e\w]+)\Z")
 
 
-class TextHold:
+class TextHold(KeptText):
     """Takes one text piece by piece; knows which prefix can hold no part of a finding that is not known yet.
 
     Offsets are characters from the start of the text. `safe` is where release must stop. `findings` are those of prose
@@ -37,13 +39,8 @@ class TextHold:
     def __init__(
         self, *, whole_is_code: bool = False, placeholders: tuple[str, ...] = (), passive: bool = False
     ) -> None:
+        super().__init__()
         self._passive = passive
-        self.num_chars = 0
-        self.safe = 0
-        self.findings: list[Finding] = []
-        self.closed: list[Segment] = []
-        self._parts: list[str] = []
-        self._segmenter = Segmenter()
         self._whole_is_code = whole_is_code
         self._placeholders = placeholders
         self._line_start = 0
@@ -56,16 +53,9 @@ class TextHold:
         self._finished = False
 
     @property
+    @override
     def segments(self) -> list[Segment] | None:
-        """The runs of code that ended, as `fences.segments_of` would give them; None where nobody looked for any."""
         return None if self._passive or self._whole_is_code else self._segmenter.segments
-
-    @property
-    def text(self) -> str:
-        """All of the text so far."""
-        if len(self._parts) > 1:
-            self._parts = ["".join(self._parts)]
-        return self._parts[0] if self._parts else ""
 
     def push(self, piece: str) -> None:
         """Take the next piece and move `safe`."""
@@ -79,7 +69,7 @@ class TextHold:
         elif "\n" not in piece and "\r" not in piece:
             self._extend(piece)
         else:
-            for part in _LINE.findall(piece):
+            for part in LINE.findall(piece):
                 self._extend(part)
                 if part[-1] in "\r\n":
                     self._end_line()
@@ -99,9 +89,9 @@ class TextHold:
         self._finished = True
         self._move()
 
+    @override
     def settle(self, segment: Segment) -> None:
-        """Say that the verdict on a closed block is in and dealt with."""
-        self.closed.remove(segment)
+        super().settle(segment)
         self._move()
 
     def _extend(self, part: str) -> None:

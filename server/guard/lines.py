@@ -12,30 +12,27 @@ if TYPE_CHECKING:
 
 # A bracket in a string is not told from one in code, so a statement is never waited for longer than this.
 MAX_LINES = 24
-_LINE = re.compile(r"[^\r\n]*[\r\n]|[^\r\n]+")
+LINE = re.compile(r"[^\r\n]*[\r\n]|[^\r\n]+")
 
 
-class LineHold:
-    r"""What `TextHold` is for `annotate`: in a fence a line stays until its statement has ended; nothing else is held.
+class KeptText:
+    """A text that comes in pieces, and what is known of it.
 
-    A statement has ended with its line, unless a round or square bracket is open or the line goes on (`\\`, `,`).
-    `closed` are blocks that ended: they are judged while the answer goes on, and hold nothing back.
+    Offsets are characters from the start. `safe` is where release must stop. `closed` are the blocks of code that ended
+    and wait for a verdict.
     """
 
     def __init__(self) -> None:
         self.num_chars = 0
         self.safe = 0
-        self.findings: list[Finding] = []  # what is found waits for the end: nothing is taken out
+        self.findings: list[Finding] = []
         self.closed: list[Segment] = []
         self._parts: list[str] = []
         self._segmenter = Segmenter()
-        self._line: list[str] = []
-        self._depth = 0
-        self._num_waiting = 0
 
     @property
     def segments(self) -> list[Segment] | None:
-        """The runs of code that ended, as `fences.segments_of` would give them."""
+        """The runs of code that ended, as `fences.segments_of` would give them; None where nobody looked for any."""
         return self._segmenter.segments
 
     @property
@@ -45,6 +42,25 @@ class LineHold:
             self._parts = ["".join(self._parts)]
         return self._parts[0] if self._parts else ""
 
+    def settle(self, segment: Segment) -> None:
+        """Say that the verdict on a closed block is in, or that somebody sees to it."""
+        self.closed.remove(segment)
+
+
+class LineHold(KeptText):
+    r"""What `TextHold` is for `annotate`: in a fence a line stays until its statement has ended; nothing else is held.
+
+    A statement has ended with its line, unless a round or square bracket is open or the line goes on (`\\`, `,`).
+    Blocks in `closed` are judged while the answer goes on, and hold nothing back; nor do `findings`: they wait for the
+    end, for nothing is taken out.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._line: list[str] = []
+        self._depth = 0
+        self._num_waiting = 0
+
     def push(self, piece: str) -> None:
         """Take the next piece and move `safe`."""
         self._parts.append(piece)
@@ -53,7 +69,7 @@ class LineHold:
             self._line.append(piece)
         else:
             start = self.num_chars - len(piece)
-            for part in _LINE.findall(piece):
+            for part in LINE.findall(piece):
                 start += len(part)
                 self._line.append(part)
                 if part[-1] in "\r\n":
@@ -69,10 +85,6 @@ class LineHold:
         if last is not None:
             self.closed.append(last)
         self.safe = self.num_chars
-
-    def settle(self, segment: Segment) -> None:
-        """Say that somebody judges a closed block."""
-        self.closed.remove(segment)
 
     def _end_line(self, end: int) -> None:
         line = "".join(self._line)
