@@ -6,7 +6,9 @@ import httpx
 import pytest
 
 from benchmarks.gateway.kit import GatewayKit, make_kit, wait_until
+from tests.integration.kms_contract import require
 from tests.integration.postgres import Postgres
+from tests.integration.redis_server import RedisServer
 
 
 @pytest.fixture(scope="session")
@@ -57,3 +59,30 @@ def postgres():
     server = Postgres()
     yield server
     server.stop()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request, tmp_path):
+    """The address of an empty store: in SQLite, then in PostgreSQL."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'store.db'}"
+    server = request.getfixturevalue("postgres")
+    return server.url(server.new_database())
+
+
+@pytest.fixture(scope="module")
+def redis_server(tmp_path_factory):
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def softhsm(tmp_path_factory):
+    """The folder of SoftHSM's tokens and configuration; it reads that once a process, so it is one for all tests."""
+    require("softhsm2-util", "apt-get install -y softhsm2")
+    folder = tmp_path_factory.mktemp("softhsm")
+    (folder / "tokens").mkdir()
+    (folder / "softhsm2.conf").write_text(f"directories.tokendir = {folder / 'tokens'}\nlog.level = ERROR\n")
+    return folder

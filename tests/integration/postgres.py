@@ -22,11 +22,17 @@ class Postgres:
         if self.user is not None:
             shutil.chown(self.folder, self.user)
         self.run("initdb", "-D", str(self.folder / "data"), "-U", "tester", "-A", "trust", "--no-sync")
+        self.start()
+        self.num_databases = 0
+
+    def start(self):
         options = f"-c listen_addresses='' -c unix_socket_directories={self.folder} -c fsync=off"
         self.run(
             "pg_ctl", "-D", str(self.folder / "data"), "-o", options, "-l", str(self.folder / "log"), "-w", "start"
         )
-        self.num_databases = 0
+
+    def halt(self):
+        self.run("pg_ctl", "-D", str(self.folder / "data"), "-m", "immediate", "-w", "stop")
 
     def run(self, program, *arguments, **changes):
         done = subprocess.run(
@@ -45,5 +51,5 @@ class Postgres:
         return f"postgresql+psycopg://tester@/{name}?host={self.folder}"
 
     def stop(self):
-        self.run("pg_ctl", "-D", str(self.folder / "data"), "-m", "immediate", "-w", "stop")
+        self.halt()
         shutil.rmtree(self.folder)

@@ -25,7 +25,6 @@ from server.audit.tags import Event
 from server.audit.token import TokenSigner, open_token
 from server.audit.verify import Verifier
 from server.errors import AuditLogError, AuditUnavailableError, ConfigError, KMSDeniedError, KMSError
-from tests.integration.kms_contract import require
 from tests.unit.audit.audit_kit import ORIGIN, start_writer
 
 if TYPE_CHECKING:
@@ -79,21 +78,11 @@ class Token:
         (self.folder / "aside").rename(self.folder / "tokens")
 
 
-@pytest.fixture(scope="module")
-def configured(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SoftHSM reads its configuration once a process: one folder for the whole run, whichever module came first."""
-    require("softhsm2-util", "apt-get install -y softhsm2")
-    folder = tmp_path_factory.mktemp("softhsm")
-    (folder / "tokens").mkdir()
-    (folder / "softhsm2.conf").write_text(f"directories.tokendir = {folder / 'tokens'}\nlog.level = ERROR\n")
-    return folder
-
-
 @pytest.fixture
 def token(
-    configured: Path, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    softhsm: Path, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Token]:
-    monkeypatch.setenv("SOFTHSM2_CONF", str(configured / "softhsm2.conf"))
+    monkeypatch.setenv("SOFTHSM2_CONF", str(softhsm / "softhsm2.conf"))
     (tmp_path / "pin").write_text(f"{PIN}\n")
     monkeypatch.setenv("STRONGROOM_PKCS11_MODULE", str(MODULE))
     monkeypatch.setenv("STRONGROOM_PKCS11_PIN_FILE", str(tmp_path / "pin"))
@@ -102,7 +91,7 @@ def token(
         ["softhsm2-util", "--init-token", "--free", "--label", label, "--so-pin", SO_PIN, "--pin", PIN],
         check=True, capture_output=True,
     )  # fmt: skip
-    token = Token(label, configured)
+    token = Token(label, softhsm)
     token.new_key()
     yield token
     token.close()

@@ -1,7 +1,6 @@
 """Limits, the same suite over counts in memory and in a real Redis; then two replicas on one Redis."""
 
 import asyncio
-import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from server.policy.limit_file import parse_limits
 from server.policy.rate import MemoryLedger
 from server.policy.shared_ledger import SharedLedger
 from server.types import Chat, ModelRequest, Outcome, Principal, SubjectId, TenantId, Usage, WireFormat
+from tests.integration.redis_server import flush
 
 NOON_S = 1_800_000_000.0 // 86400 * 86400 + 43200
 REQUEST = ModelRequest(WireFormat.CHAT, "m", Chat(({"role": "user", "content": "x"},)), {})
@@ -22,42 +22,6 @@ REQUEST = ModelRequest(WireFormat.CHAT, "m", Chat(({"role": "user", "content": "
 
 def new_principal(key="k1", subject="ana", tenant="acme", groups=("developers",)):
     return Principal(SubjectId(subject), TenantId(tenant), frozenset(groups), frozenset({"*"}), "api_key", key)
-
-
-class RedisServer:
-    """A Redis of our own on a unix socket."""
-
-    def __init__(self, folder):
-        if shutil.which("redis-server") is None:
-            pytest.fail("redis-server is not installed; run: apt-get install redis-server")
-        self.socket = folder / "redis.sock"
-        self.url = f"unix://{self.socket}"
-        self.folder = folder
-        self.process = None
-
-    def start(self):
-        self.process = subprocess.Popen(
-            ["redis-server", "--port", "0", "--unixsocket", str(self.socket), "--save", "", "--dir", str(self.folder)],
-            stdout=subprocess.DEVNULL,
-        )
-        deadline_s = time.monotonic() + 20
-        while subprocess.run(["redis-cli", "-s", str(self.socket), "ping"], capture_output=True).stdout != b"PONG\n":
-            assert time.monotonic() < deadline_s, "redis-server did not start"
-            time.sleep(0.02)
-
-    def stop(self):
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.process = None
-
-
-@pytest.fixture(scope="module")
-def redis_server(tmp_path_factory):
-    server = RedisServer(tmp_path_factory.mktemp("redis"))
-    server.start()
-    yield server
-    server.stop()
 
 
 class World:
@@ -101,11 +65,6 @@ async def new_world(request):
     yield lambda *limits, **changes: World(new_ledger, *limits, **changes)
     for ledger in opened:
         await ledger.close()
-
-
-async def flush(server):
-    async with Redis.from_url(server.url) as redis:
-        await redis.flushall()
 
 
 async def test_requests_a_minute(new_world):

@@ -2,12 +2,8 @@
 
 import asyncio
 import json
-import os
 import shutil
-import subprocess
-import tempfile
 import time
-from pathlib import Path
 
 import httpx
 import pytest
@@ -19,83 +15,22 @@ from server.store.database import Store
 from server.store.incidents import Quarantined, lift_incident, open_incident
 from server.store.keys import list_keys, revoke_key
 from server.store.usage import list_usage
+from tests.integration.postgres import Postgres
 
 BUDGET = 6_000
 BODY = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 64}
 
 
-class Servers:
-    """A PostgreSQL and a Redis of our own, on unix sockets; root lends PostgreSQL another user."""
-
-    def __init__(self):
-        found = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
-        if not found or shutil.which("redis-server") is None:
-            pytest.fail("servers are missing; run: apt-get install postgresql redis-server")
-        self.bin = found[-1]
-        self.user = "postgres" if os.geteuid() == 0 else None
-        self.folder = Path(tempfile.mkdtemp(prefix="sr-rep-"))
-        if self.user is not None:
-            shutil.chown(self.folder, self.user)
-        self.folder.chmod(0o755)
-        self.pg("initdb", "-D", str(self.folder / "data"), "-U", "tester", "-A", "trust", "--no-sync")
-        options = f"-c listen_addresses='' -c unix_socket_directories={self.folder} -c fsync=off"
-        self.start_store = [
-            "-D",
-            str(self.folder / "data"),
-            "-o",
-            options,
-            "-l",
-            str(self.folder / "log"),
-            "-w",
-            "start",
-        ]
-        self.pg("pg_ctl", *self.start_store)
-        redis_folder = self.folder / "redis"
-        redis_folder.mkdir()
-        self.redis_socket = redis_folder / "redis.sock"
-        self.redis = subprocess.Popen(
-            [
-                "redis-server",
-                "--port",
-                "0",
-                "--unixsocket",
-                str(self.redis_socket),
-                "--save",
-                "",
-                "--dir",
-                redis_folder,
-            ],
-            stdout=subprocess.DEVNULL,
-        )
-        wait_until(self.redis_socket.exists)
-        self.store_url = f"postgresql+psycopg://tester@/postgres?host={self.folder}"
-        self.redis_url = f"unix://{self.redis_socket}"
-
-    def pg(self, program, *arguments):
-        done = subprocess.run(
-            [str(self.bin / program), *arguments], user=self.user, cwd="/", capture_output=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-
-    def stop_store(self):
-        self.pg("pg_ctl", "-D", str(self.folder / "data"), "-m", "immediate", "-w", "stop")
-
-    def stop(self):
-        self.redis.kill()
-        self.redis.wait()
-        self.stop_store()
-        shutil.rmtree(self.folder)
+@pytest.fixture(scope="module")
+def own_postgres():
+    """A server that only these tests use, for they stop it."""
+    server = Postgres()
+    yield server
+    server.stop()
 
 
 @pytest.fixture(scope="module")
-def servers():
-    servers = Servers()
-    yield servers
-    servers.stop()
-
-
-@pytest.fixture(scope="module")
-def replicas(tmp_path_factory, servers):
+def replicas(tmp_path_factory, own_postgres, redis_server):
     folder = tmp_path_factory.mktemp("replicas")
     limits = folder / "limits.yaml"
     limits.write_text(
@@ -110,8 +45,8 @@ def replicas(tmp_path_factory, servers):
     kits = [
         make_kit(
             folder / name,
-            store={"url": servers.store_url},
-            limits={"file": str(limits), "redis_url": servers.redis_url},
+            store={"url": own_postgres.url("postgres")},
+            limits={"file": str(limits), "redis_url": redis_server.url},
             public=patience,
         )
         for name in ("one", "two")
@@ -174,7 +109,7 @@ def test_quarantine_of_a_tenant_holds_in_both_and_touches_no_other(replicas):
     within_five_seconds(lambda: status(one, bad) == 200 and status(two, bad) == 200)
 
 
-def test_a_replica_that_loses_the_store_ends_what_it_answers(replicas, servers):
+def test_a_replica_that_loses_the_store_ends_what_it_answers(replicas, own_postgres):
     one, _ = replicas
     key = one.working_key(groups={"developers"}, subject="streams")
     one.control(delay_ms=100, num_tokens=2_000)
@@ -188,12 +123,12 @@ def test_a_replica_that_loses_the_store_ends_what_it_answers(replicas, servers):
             for line in response.iter_lines():
                 lines.append(line)
                 if len(lines) == 4:
-                    servers.stop_store()
+                    own_postgres.halt()
         events = [line[6:] for line in lines if line.startswith("data: ")]
         assert json.loads(events[-1])["error"]["code"] == "service_unavailable"
         assert status(one, key) == 503
     finally:
-        servers.pg("pg_ctl", *servers.start_store)
+        own_postgres.start()
         one.control()
     one.wait_for_key(key)
 

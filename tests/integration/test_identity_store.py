@@ -22,14 +22,6 @@ from server.store.usage import Spent, UsageKey, add_usage, list_usage
 from server.store.watch import StoreWatch
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request, tmp_path):
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'store.db'}"
-    server = request.getfixturevalue("postgres")
-    return server.url(server.new_database())
-
-
 @pytest.fixture
 def store(url):
     opened = Store.open(url, clock=lambda: 1000.0)

@@ -19,7 +19,7 @@ from server.sealed.kms.pkcs11 import PKCS11KMS, PKCS11Signer
 from server.sealed.kms.uri import open_kms
 from server.sealed.model import open_sealed
 from server.sealed.signature import TrustedSigner
-from tests.integration.kms_contract import CONTEXT, Starts, check_round_trip, require
+from tests.integration.kms_contract import CONTEXT, Starts, check_round_trip
 
 MODULE = Path("/usr/lib/softhsm/libsofthsm2.so")
 PIN, SO_PIN, LABEL = "5678", "1234", "strongroom"
@@ -50,25 +50,15 @@ class Token:
             session.get_key(label=label).destroy()
 
 
-@pytest.fixture(scope="module")
-def configured(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SoftHSM reads its configuration once a process: one token folder for the whole module."""
-    require("softhsm2-util", "apt-get install -y softhsm2")
-    folder = tmp_path_factory.mktemp("softhsm")
-    (folder / "tokens").mkdir()
-    (folder / "softhsm2.conf").write_text(f"directories.tokendir = {folder / 'tokens'}\nlog.level = ERROR\n")
-    return folder
-
-
 @pytest.fixture
-def token(configured: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Token:
-    monkeypatch.setenv("SOFTHSM2_CONF", str(configured / "softhsm2.conf"))
+def token(softhsm: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Token:
+    monkeypatch.setenv("SOFTHSM2_CONF", str(softhsm / "softhsm2.conf"))
     label = request.node.name[:32]
     subprocess.run(
         ["softhsm2-util", "--init-token", "--free", "--label", label, "--so-pin", SO_PIN, "--pin", PIN],
         check=True, capture_output=True,
     )  # fmt: skip
-    token = Token(label, configured)
+    token = Token(label, softhsm)
     token.new_key()
     return token
 

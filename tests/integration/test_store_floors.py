@@ -34,14 +34,6 @@ ROOT = Path(__file__).parents[2]
 MODEL = "tiny"
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request, tmp_path):
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'store.db'}"
-    server = request.getfixturevalue("postgres")
-    return server.url(server.new_database())
-
-
 @pytest.fixture
 def store(url):
     opened = Store.open(url, clock=lambda: 1000.0)  # a clock that stands still must not make a lowering look old

@@ -11,19 +11,11 @@ from server.policy.limit_file import parse_limits
 from server.policy.rate import MemoryLedger
 from server.policy.shared_ledger import SharedLedger
 from server.types import Completion, ModelRequest, Principal, SubjectId, TenantId, WireFormat
-from tests.integration.test_identity_limits import RedisServer, flush
+from tests.integration.redis_server import flush
 
 BEFORE = "import os\n" + "".join(f"value_{n} = {n}\n" for n in range(60)) + "def total("
 ANA = Principal(SubjectId("ana"), TenantId("acme"), frozenset(), frozenset({"*"}), "api_key", "k1")
 BEN = Principal(SubjectId("ben"), TenantId("acme"), frozenset(), frozenset({"*"}), "api_key", "k2")
-
-
-@pytest.fixture(scope="module")
-def redis_server(tmp_path_factory):
-    server = RedisServer(tmp_path_factory.mktemp("redis"))
-    server.start()
-    yield server
-    server.stop()
 
 
 @pytest.fixture(params=["memory", "redis"])
