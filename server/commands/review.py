@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from server.commands.scan import print_reports
 from server.errors import ConfigError
+from server.guard.scan import SEVERITIES
 from server.pipelines import endpoint, review
 from server.types import ScanReport, ScanState
 
@@ -33,9 +34,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--format", choices=("text", "json", "sarif"), default="text", help="what to print (default: text)"
     )
     parser.add_argument("--json", action="store_const", const="json", dest="format", help="the same as --format json")
-    parser.add_argument(
-        "--severity", choices=review.SEVERITIES, default="low", help="leave out what is below (default: low)"
-    )
+    parser.add_argument("--severity", choices=SEVERITIES, default="low", help="leave out what is below (default: low)")
     parser.add_argument("--max-tokens", type=int, default=1500, help="for one answer (default: 1500)")
     parser.add_argument(
         "--max-chars", type=int, default=review.MAX_CHUNK_CHARS, help="of the diff in one request (default: 12000)"

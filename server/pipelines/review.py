@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.errors import ConfigError
+from server.guard.scan import SEVERITIES
 from server.types import Finding, ScanReport, ScanState
 
 MAX_CHUNK_CHARS = 12_000
-SEVERITIES = ("low", "medium", "high", "critical")
 _HUNK = re.compile(r"@@ -\d+(?:,\d+)? \+(\d+)(?:,(\d+))? @@")
 _CWE = re.compile(r"CWE-[1-9]\d{0,4}")
 
