@@ -65,10 +65,12 @@ def _private_dir() -> Path:
 
 
 def _serve(args: list[str]) -> None:
-    sys.argv = ["vllm", *args]
     # Here and not above: vLLM reads the environment as it is imported, and it takes seconds.
     from vllm.entrypoints.launchers.api_server.entry import main as serve
 
+    from server.engine.vllm.dtype import with_fitting_dtype
+
+    sys.argv = ["vllm", *with_fitting_dtype(args)]
     serve()
 
 
