@@ -27,7 +27,7 @@ from server.auth.jwks import ProviderKeys
 from server.auth.mtls import CertificateMap, CertificateRules
 from server.auth.oidc import ClaimRules, OIDCVerifier
 from server.auth.pepper import CacheSalt, load_pepper, load_secret
-from server.auth.throttle import FailureThrottle, report_suppressed
+from server.auth.throttle import FailureThrottle, keyless_throttle, report_suppressed
 from server.engine.client import EngineClient, unix_address, url_address
 from server.engine.local import engine_paths
 from server.errors import AuditUnavailableError, ConfigError
@@ -58,7 +58,7 @@ from server.template.prompt import PromptBuilder
 from server.template.registry import TemplateRegistry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Mapping
     from pathlib import Path
 
     from starlette.types import ASGIApp
@@ -90,7 +90,7 @@ class Gateway:
     ledger: MemoryLedger | SharedLedger
     limits: LimitsInForce
     policy: PolicyEngine
-    throttle: FailureThrottle
+    throttles: Mapping[str, FailureThrottle]
     templates: TemplateRegistry
     record: Callable[..., Coroutine[Any, Any, int]]
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
@@ -103,7 +103,7 @@ class Gateway:
         for engine in self.engines:
             self._tasks.append(asyncio.create_task(engine.watch(on_change=self._watcher(engine))))
         self._tasks.append(asyncio.create_task(follow(self.policy, Event.POLICY_CHANGED, self.record)))
-        self._tasks.append(asyncio.create_task(report_suppressed(self.throttle, self.record)))
+        self._tasks.append(asyncio.create_task(report_suppressed(self.throttles, self.record)))
         self._tasks.append(asyncio.create_task(_report_scanner(self.guard, self.record)))
         self._tasks.append(asyncio.create_task(self.guard.run_deeper(self.record)))
         self._tasks.append(asyncio.create_task(follow(self.templates, Event.TEMPLATE_CHANGED, self.record)))
@@ -161,10 +161,11 @@ def build_gateway(settings: Settings) -> Gateway:
     ring = KeyRing(pepper)
     watch = StoreWatch(store, quarantine=quarantine, on_keys=ring.load, used=ring.take_used)
     watch.poll()
-    throttle = FailureThrottle()
+    throttle, keyless = FailureThrottle(), keyless_throttle()
     auth = Authenticator(
         ring,
         throttle=throttle,
+        keyless=keyless,
         quarantine=quarantine,
         store_age_s=watch.age_s,
         tokens=_token_verifier(settings),
@@ -285,7 +286,7 @@ def build_gateway(settings: Settings) -> Gateway:
         ledger=ledger,
         limits=in_force,
         policy=policy,
-        throttle=throttle,
+        throttles={"throttled": throttle, "throttled, no credential": keyless},
         templates=templates,
         record=record,
     )

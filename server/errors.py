@@ -212,6 +212,12 @@ class RateLimitedError(RequestError):
         self.headers = headers or {}
 
 
+class ThrottledError(RateLimitedError):
+    """Too many callers of one address had no valid credential; the audit log has them in sums."""
+
+    code = "authentication_throttled"
+
+
 class UnavailableError(StrongroomError):
     """The server cannot answer now; waiting mends it."""
 

@@ -99,7 +99,7 @@ class Bench:
             self.keys.append(drawn.text.reveal())
         ring.load(rows)
         quarantine = Quarantine()
-        self.auth = Authenticator(ring, throttle=FailureThrottle(), quarantine=quarantine)
+        self.auth = Authenticator(ring, throttle=FailureThrottle(), keyless=FailureThrottle(), quarantine=quarantine)
         self.policy = PolicyEngine.load(folder, models={"house-coder": ModelFacts()}.get, quarantine=quarantine)
         book = parse_limits(LIMITS)
         engines = {"house-coder": Fairness(256)}

@@ -19,6 +19,7 @@ from server.errors import (
     RequestError,
     StrongroomError,
     SupersededError,
+    ThrottledError,
 )
 from server.types import Outcome
 
@@ -409,6 +410,10 @@ class Record:
                         raise
             return
         outcome = self._outcome  # what was counted before the end that nobody planned
+        if isinstance(error, ThrottledError):  # a flood of them must not fill the log: they are put there in sums
+            self._is_closed = True
+            outcome.status, outcome.error_code = "denied", error.code
+            return
         reason = ""
         if error is None:
             outcome.error_code, reason = "not_finished", "the pipeline ended without an outcome"

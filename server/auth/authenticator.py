@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Protocol
 
 from server.auth.api_key import MAX_CREDENTIAL_CHARS, KeyRing, parse_key_id
-from server.errors import AuthenticationError, RateLimitedError, UnavailableError
+from server.errors import AuthenticationError, ThrottledError, UnavailableError
 from server.store.incidents import Quarantine, Quarantined
 
 if TYPE_CHECKING:
@@ -54,11 +54,13 @@ class Authenticator:
 
     A caller whose address has failed too often is told to wait, with two exceptions that let the others behind the
     same address work on: a key of our own form (256 random bits: no number of guesses finds one), and a token that was
-    verified before. Anything else is refused unseen, so a flood buys no signature checks.
+    verified before. Anything else is refused unseen, so a flood buys no signature checks. Callers without a credential
+    guess nothing and hinder nobody; they are counted apart, so that they can't fill the audit log.
 
     Args:
         ring: The API keys.
         throttle: Failures by address.
+        keyless: Callers without a credential, or with a malformed one, by address.
         quarantine: What the incident switch took out of service.
         store_age_s: How old keys and quarantine in memory may be, in seconds; see `max_age_s`.
         max_age_s: Beyond this age nobody is served any more: a revocation may have been missed.
@@ -71,6 +73,7 @@ class Authenticator:
         ring: KeyRing,
         *,
         throttle: FailureThrottle,
+        keyless: FailureThrottle,
         quarantine: Quarantine,
         store_age_s: Callable[[], float] = lambda: 0.0,
         max_age_s: float = 5.0,
@@ -79,6 +82,7 @@ class Authenticator:
     ) -> None:
         self._ring = ring
         self._throttle = throttle
+        self._keyless = keyless
         self._quarantine = quarantine
         self._store_age_s = store_age_s
         self._max_age_s = max_age_s
@@ -90,7 +94,7 @@ class Authenticator:
 
         Raises:
             AuthenticationError: No credential, more than one, or one that is not valid.
-            RateLimitedError: Too many failures from this address.
+            ThrottledError: Too many failures from this address.
             UnavailableError: Keys in memory are too old to be relied on.
         """
         self._check_age()
@@ -99,10 +103,10 @@ class Authenticator:
             if self._is_quarantined(principal):
                 raise AuthenticationError("quarantined", key_id=principal.credential_id)
         except AuthenticationError:
-            if credentials.malformed is not None or not credentials.values:
-                raise  # nothing was guessed: a client without a key, or with a broken setting
-            wait_s = self._throttle.wait_s(client.address)
-            self._throttle.fail(client.address)
+            is_guess = credentials.malformed is None and credentials.values
+            throttle = self._throttle if is_guess else self._keyless
+            wait_s = throttle.wait_s(client.address)
+            throttle.fail(client.address)
             if wait_s > 0:
                 raise _too_many(wait_s) from None
             raise
@@ -182,10 +186,9 @@ class Authenticator:
         )
 
 
-def _too_many(wait_s: float) -> RateLimitedError:
+def _too_many(wait_s: float) -> ThrottledError:
     seconds = math.ceil(wait_s)
-    return RateLimitedError(
+    return ThrottledError(
         f"Too many failed authentications from this address; try again in {seconds} s with a valid key.",
         retry_after_s=seconds,
-        code="authentication_throttled",
     )

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from server.errors import AuditUnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Mapping
 
 MAX_ADDRESSES = 65536
 MAX_REPORTED = 1024
+OTHERS = "others"
 REPORT_S = 30.0
 
 
@@ -55,14 +56,18 @@ class FailureThrottle:
         network = _network(address)
         found = self._buckets.pop(network, None)
         left = self._burst if found is None else self._left(found)
-        if left < 1.0 and (network in self._suppressed or len(self._suppressed) < MAX_REPORTED):
-            self._suppressed[network] = self._suppressed.get(network, 0) + 1
+        if left < 1.0:
+            named = network if network in self._suppressed or len(self._suppressed) < MAX_REPORTED else OTHERS
+            self._suppressed[named] = self._suppressed.get(named, 0) + 1
         self._buckets[network] = (max(0.0, left - 1.0), self._clock())
         if len(self._buckets) > MAX_ADDRESSES:
             self._buckets.popitem(last=False)
 
     def take_suppressed(self) -> dict[str, int]:
-        """Return how many failures came after an address was told to wait, by address, since the last call."""
+        """Return how many failures came after an address was told to wait, by address, since the last call.
+
+        Addresses beyond `MAX_REPORTED` are counted together, as `OTHERS`.
+        """
         taken, self._suppressed = self._suppressed, {}
         return taken
 
@@ -71,20 +76,26 @@ class FailureThrottle:
         return min(self._burst, left + (self._clock() - at_s) / self._refill_s)
 
 
+def keyless_throttle() -> FailureThrottle:
+    """Return the one for callers without a credential: a client that was set up wrongly tries for a while."""
+    return FailureThrottle(burst=600)
+
+
 async def report_suppressed(
-    throttle: FailureThrottle, record: Callable[..., Awaitable[Any]], *, interval_s: float = REPORT_S
+    throttles: Mapping[str, FailureThrottle], record: Callable[..., Awaitable[Any]], *, interval_s: float = REPORT_S
 ) -> None:
-    """Put failures that were turned away unseen on the audit log, one entry an address and interval, until cancelled.
+    """Put what was throttled on the audit log in sums, one entry a reason, address and interval, until cancelled.
 
     One entry each would let whoever sends them fill the log.
     """
     while True:
         await asyncio.sleep(interval_s)
-        for network, num in throttle.take_suppressed().items():
-            try:
-                await record("gateway:credential:refused", reason="throttled", address=network, num_failures=num)
-            except AuditUnavailableError:
-                break  # the log is down, and nothing else is answered either
+        for reason, throttle in throttles.items():
+            for network, num in throttle.take_suppressed().items():
+                try:
+                    await record("gateway:credential:refused", reason=reason, address=network, num_failures=num)
+                except AuditUnavailableError:
+                    break  # the log is down, and nothing else is answered either
 
 
 def _network(address: str) -> str:

@@ -95,7 +95,7 @@ def write_config(state: Path, folder: Path, port: int, limits: Path) -> Path:
     path = folder / "long-context.yaml"
     engine = {
         "max_model_len": MAX_MODEL_LEN,
-        "kv_cache_gib": 2,
+        "kv_cache_gib": 4,
         "enforce_eager": True,
         "tool_parser": "hermes",
         "start_timeout_s": 900,

@@ -46,7 +46,9 @@ class World:
         quarantine = Quarantine()
         self.ring = KeyRing(PEPPER)
         self.watch = StoreWatch(self.store, quarantine=quarantine, on_keys=self.ring.load, used=self.ring.take_used)
-        self.auth = Authenticator(self.ring, throttle=FailureThrottle(), quarantine=quarantine)
+        self.auth = Authenticator(
+            self.ring, throttle=FailureThrottle(), keyless=FailureThrottle(), quarantine=quarantine
+        )
         self.policy = PolicyEngine.load(self.policies, models={"m": ModelFacts()}.get, quarantine=quarantine)
         book = parse_limits({})
         limits = LimitedUse(book, ledger=MemoryLedger(book), usage=UsageBook())

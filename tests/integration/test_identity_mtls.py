@@ -275,7 +275,9 @@ async def test_revocation_by_file_ends_requests_and_streams(files, tmp_path, cap
     now = [1000.0 + NOW.timestamp()]
     certificates = CertificateMap(CertificateRules(), revoked=path, clock=lambda: now[0])
     ring = KeyRing(Pepper({1: bytes(range(32))}), clock=lambda: now[0])
-    auth = Authenticator(ring, throttle=FailureThrottle(), quarantine=Quarantine(), certificates=certificates)
+    auth = Authenticator(
+        ring, throttle=FailureThrottle(), keyless=FailureThrottle(), quarantine=Quarantine(), certificates=certificates
+    )
     credentials = Credentials(certificate=der_of(folder / "ana.pem"))
     principal = await auth.authenticate(credentials, HERE)
     assert not auth.is_revoked(principal)
@@ -347,7 +349,11 @@ async def test_a_key_beside_a_certificate_must_be_of_the_same_tenant(files, tena
         KeyRow(key.id, key.digest, 1, "bob", tenant, frozenset(), frozenset({"model:*"}), "", 1.0, "test")
     ])  # fmt: skip
     auth = Authenticator(
-        ring, throttle=FailureThrottle(), quarantine=Quarantine(), certificates=CertificateMap(CertificateRules())
+        ring,
+        throttle=FailureThrottle(),
+        keyless=FailureThrottle(),
+        quarantine=Quarantine(),
+        certificates=CertificateMap(CertificateRules()),
     )
     credentials = Credentials((Secret(key.text.reveal()),), certificate=der_of(folder / "ana.pem"))
     if is_in:

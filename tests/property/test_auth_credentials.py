@@ -25,7 +25,9 @@ def new_authenticator():
     ring.load([
         KeyRow(KEY.id, KEY.digest, KEY.pepper, "ana", "acme", frozenset(), frozenset({"*"}), "", 1.0, "test")
     ])  # fmt: skip
-    return Authenticator(ring, throttle=FailureThrottle(burst=10**9), quarantine=Quarantine())
+    return Authenticator(
+        ring, throttle=FailureThrottle(burst=10**9), keyless=FailureThrottle(burst=10**9), quarantine=Quarantine()
+    )
 
 
 AUTH = new_authenticator()

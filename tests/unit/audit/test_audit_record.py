@@ -17,6 +17,7 @@ from server.errors import (
     EngineError,
     PermissionDeniedError,
     RateLimitedError,
+    ThrottledError,
 )
 from server.types import (
     Client,
@@ -174,6 +175,16 @@ async def test_a_failure_after_acceptance_closes_the_record(
     finished = appender.entries[-1]
     assert (finished["outcome"], finished["code"]) == (outcome, code)
     assert finished["usage"]["completion"] == 2
+
+
+async def test_what_is_throttled_is_left_to_the_sums(appender: Appender) -> None:
+    async def serve() -> None:
+        async with open_record(appender):
+            raise ThrottledError("too many", retry_after_s=1)
+
+    with pytest.raises(ThrottledError):
+        await serve()
+    assert appender.entries == []
 
 
 async def test_leaving_without_an_outcome_is_a_failure(appender: Appender) -> None:

@@ -7,8 +7,15 @@ import pytest
 from server.auth.api_key import KeyRing, new_key
 from server.auth.authenticator import Authenticator
 from server.auth.pepper import Pepper
-from server.auth.throttle import MAX_ADDRESSES, FailureThrottle, report_suppressed
-from server.errors import AuthenticationError, RateLimitedError, UnavailableError
+from server.auth.throttle import (
+    MAX_ADDRESSES,
+    MAX_REPORTED,
+    OTHERS,
+    FailureThrottle,
+    keyless_throttle,
+    report_suppressed,
+)
+from server.errors import AuthenticationError, ThrottledError, UnavailableError
 from server.store.incidents import Incident, Quarantine, Quarantined
 from server.store.keys import KeyRow
 from server.types import Client, Credentials, Principal, Secret, SubjectId, TenantId
@@ -30,7 +37,12 @@ class World:
         self.quarantine = Quarantine()
         self.throttle = FailureThrottle(burst=3, refill_s=10.0, clock=lambda: self.now_s)
         self.auth = Authenticator(
-            self.ring, throttle=self.throttle, quarantine=self.quarantine, store_age_s=lambda: self.age_s, **changes
+            self.ring,
+            throttle=self.throttle,
+            keyless=keyless_throttle(),
+            quarantine=self.quarantine,
+            store_age_s=lambda: self.age_s,
+            **changes,
         )
 
     @staticmethod
@@ -74,7 +86,7 @@ async def test_failures_are_throttled_by_address_and_a_valid_key_still_works():
     for _ in range(3):
         with pytest.raises(AuthenticationError):
             await world.ask("wrong")
-    with pytest.raises(RateLimitedError) as caught:
+    with pytest.raises(ThrottledError) as caught:
         await world.ask("wrong")
     assert caught.value.retry_after_s == 10
     assert caught.value.code == "authentication_throttled"
@@ -90,10 +102,10 @@ async def test_wrong_keys_of_our_form_are_throttled_too():
     world = World()
     kinds = []
     for _ in range(100):
-        with pytest.raises((AuthenticationError, RateLimitedError)) as caught:
+        with pytest.raises((AuthenticationError, ThrottledError)) as caught:
             await world.ask(new_key(PEPPER).text.reveal())
         kinds.append(caught.type)
-    assert kinds == [AuthenticationError] * 3 + [RateLimitedError] * 97
+    assert kinds == [AuthenticationError] * 3 + [ThrottledError] * 97
 
 
 async def test_tokens_are_not_verified_while_throttled_unless_known():
@@ -110,7 +122,7 @@ async def test_tokens_are_not_verified_while_throttled_unless_known():
 
     world = World(tokens=Tokens())
     for _ in range(10):
-        with pytest.raises((AuthenticationError, RateLimitedError)):
+        with pytest.raises((AuthenticationError, ThrottledError)):
             await world.ask("a.b.c")
     assert len(seen) == 3
     assert await world.ask("known.to.us") is known
@@ -159,10 +171,34 @@ def test_throttle_memory_is_bounded_and_ipv6_is_counted_by_network():
     assert len(throttle) == MAX_ADDRESSES
 
 
+async def test_callers_without_a_credential_are_throttled_apart():
+    world = World()
+    for malformed in (None, "authorization is not Bearer") * 300:
+        with pytest.raises(AuthenticationError):
+            await world.ask(malformed=malformed)
+    with pytest.raises(ThrottledError):
+        await world.ask()
+    with pytest.raises(AuthenticationError):  # and not told to wait
+        await world.ask("wrong")
+    with pytest.raises(AuthenticationError):
+        await world.ask(client=THERE)
+    assert (await world.ask(world.key.text.reveal())).tenant == "acme"
+
+
+def test_addresses_beyond_the_bound_are_summed_together():
+    throttle = FailureThrottle(burst=1, refill_s=1e9, clock=lambda: 0.0)
+    for number in range(MAX_REPORTED + 7):
+        for _ in range(2):
+            throttle.fail(f"10.0.{number >> 8}.{number & 255}")
+    taken = throttle.take_suppressed()
+    assert taken[OTHERS] == 7
+    assert sum(taken.values()) == MAX_REPORTED + 7
+
+
 async def test_failures_turned_away_unseen_are_put_on_record_in_sums():
     world = World()
     for _ in range(10):
-        with pytest.raises((AuthenticationError, RateLimitedError)):
+        with pytest.raises((AuthenticationError, ThrottledError)):
             await world.ask("wrong")
     log = []
     reported = asyncio.Event()
@@ -171,7 +207,7 @@ async def test_failures_turned_away_unseen_are_put_on_record_in_sums():
         log.append((event, fields))
         reported.set()
 
-    task = asyncio.create_task(report_suppressed(world.throttle, record, interval_s=0.001))
+    task = asyncio.create_task(report_suppressed({"throttled": world.throttle}, record, interval_s=0.001))
     await asyncio.wait_for(reported.wait(), 5)
     task.cancel()
     assert log == [("gateway:credential:refused", {"reason": "throttled", "address": "10.0.0.1", "num_failures": 7})]
