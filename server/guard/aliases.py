@@ -18,6 +18,7 @@ _JS_IMPORT = re.compile(
     r"\s*+from\s*+['\"]([^'\"\n]{1,300})['\"]",
     re.MULTILINE,
 )
+_JS_SCHEMA = re.compile(r"(?:const|let|var)\s+(\w+)\s*(?::\s*[\w.<>]+\s*)?=\s*(z|zod|yup|[jJ]oi|vine|v|t|s)\.(\w+)\(")
 _JS_PROMISIFY = re.compile(r"(?:const|let|var)\s+(\w+)\s*=\s*(?:util\.)?promisify\(\s*([\w.]+)\s*\)")
 
 
@@ -47,6 +48,8 @@ def aliases_of(tree: Tree) -> dict[str, str]:
                 aliases[star] = base
             if names:
                 _js_names(aliases, names, module, "")
+        for name, library, kind in _JS_SCHEMA.findall(code):  # `Changes.parse` is the schema's
+            aliases[name] = f"{library}.{kind}()"
         for name, original in _JS_PROMISIFY.findall(code):
             head, _, rest = original.partition(".")
             aliases[name] = aliases.get(head, head) + (f".{rest}" if rest else "")

@@ -29,8 +29,10 @@ from server.guard.syntax import (
     COMPARISONS,
     COPIES,
     ESCAPES_HTML,
+    ESCAPES_REGEX,
     FORMATS,
     JOINS_PATHS,
+    MAPS,
     MEMBERS,
     NAMES,
     OUT_SOURCES,
@@ -38,6 +40,7 @@ from server.guard.syntax import (
     SUBSCRIPTS,
     TYPES,
     VALIDATING,
+    WHOLE_FIELDS,
     exits,
     squeezed,
 )
@@ -62,6 +65,7 @@ class Summary:
 
     params: list[str]
     roots: list[str]
+    slots: list[tuple[int, bool]] = field(default_factory=list)  # the position, and whether a pattern takes it apart
     returned: Value = CLEAN
     cleared: dict[str, int] = field(default_factory=dict)
     pending: list[tuple[str, Sink, Node]] = field(default_factory=list)
@@ -116,6 +120,12 @@ class Flow:
         self._summaries[node.start] = None  # a recursive call sees nothing
         params = bound_parameters(node, self._tree, self._language)
         summary = Summary([name for name, _ in params], [next(iter(v.roots), "") for _, v in params])
+        slot, before = -1, ""
+        for _, text in parameters(node, self._tree):
+            apart = text.startswith("{")
+            slot += not (apart and text == before)
+            before = text
+            summary.slots.append((slot, apart))
         outer = self._env, self._cleared, self._returns, self._pending, self._answered
         self._env, self._cleared, self._returns, self._pending = dict(self._env), dict(self._cleared), [], []
         self._answered = {}
@@ -127,6 +137,7 @@ class Flow:
                 ("block", "compound_statement")
             ):
                 self._returns.append(self._alive(value))
+                self._check_return(value, body)
                 self._answer(body)
         summary.returned = union(self._returns)
         for root, mask in self._answered.items():
@@ -163,7 +174,8 @@ class Flow:
         if not self._cleared or not value.roots:
             return value
         roots = {r: m & ~self._cleared.get(r, 0) for r, m in value.roots.items()}
-        return Value({r: m for r, m in roots.items() if m}, built=value.built, canonical=value.canonical)
+        fields = value.fields and {name: self._alive(part) for name, part in value.fields.items()}
+        return Value({r: m for r, m in roots.items() if m}, built=value.built, canonical=value.canonical, fields=fields)
 
     def _name(self, node: Node) -> Value:
         text = self._tree.text(node)
@@ -175,12 +187,15 @@ class Flow:
     def _source_value(self, text: str) -> Value | None:
         language = self._language
         if language.sources is not None and language.sources.search(text):
-            return Value({"!" + text: ALL})
+            return Value({"!" + text: self._dangers(text)})
         if any(sources.search(text) for sources in self._file_sources):
             return Value({"!" + text: ALL})
         if language.weak_sources is not None and language.weak_sources.search(text):
             return Value({"~" + text: ALL})
         return None
+
+    def _dangers(self, source: str) -> int:
+        return next((mask for pattern, mask in self._language.source_dangers if pattern.search(source)), ALL)
 
     def _member(self, node: Node) -> Value:
         text = squeezed(self._tree.text(node))
@@ -192,11 +207,27 @@ class Flow:
             return found
         base = self._visit(node.kids[0]) if node.kids else CLEAN
         if node.kind in SUBSCRIPTS:
-            for kid in node.kids[1:]:
-                self._visit(kid)
-        elif CLEAN_PROPERTY.search(text):
+            index = union([self._visit(kid) for kid in node.kids[1:]])
+            drawn = index.without(ALL)  # `letters[i]` is as random as `i`
+            return union([base, drawn]) if drawn.roots else base
+        if not base.roots:
+            return base
+        if CLEAN_PROPERTY.search(text):
             return base.without(ALL & ~BITS["size"])
-        return base
+        return base.part(text.rsplit(".", 1)[-1], BITS["fields"])
+
+    def _object(self, node: Node) -> Value:
+        values = [self._visit(kid) for kid in node.kids]
+        whole = union(values)
+        if not whole.roots:
+            return CLEAN
+        fields = {}
+        for kid, value in zip(node.kids, values, strict=True):
+            if kid.kind in NAMES:
+                fields[self._tree.text(kid)] = value
+            elif kid.kind == "pair" and kid.kids:
+                fields[self._tree.text(kid.kids[0]).strip("\"'")] = value
+        return Value(whole.roots, built=whole.built, canonical=whole.canonical, fields=fields)
 
     def _string(self, node: Node) -> Value:
         values = [self._visit(kid) for kid in node.kids if kid.kind in ("interpolation", "template_substitution")]
@@ -271,11 +302,17 @@ class Flow:
                 positional.append(CLEAN)
             else:
                 positional.append(self._visit(arg))
+        if callee == "new URL" and len(positional) == 2:
+            positional[1] = positional[1].without(BITS["redirect"])  # the address that the request came to
         every = [*positional, *named.values()]
-        self.calls.append((callee, node, arguments))
-        mapped = union([self._callback(callback, receiver) for callback in callbacks])
-        is_source, is_weak, cleans, propagates, canonical, sinks = self._known(callee)
         if callee not in self._functions:  # a function of this file is not the library's of the same name
+            self.calls.append((callee, node, arguments))
+        elements = union(positional) if callee == "Array.from" else receiver
+        mapped = union([self._callback(callback, elements) for callback in callbacks])
+        if callbacks and callee.endswith(".filter"):
+            receiver = self._kept(callbacks[0], receiver)
+        is_source, is_weak, cleans, propagates, canonical, sinks = self._known(callee)
+        if callee not in self._functions:
             for sink in sinks:
                 self._check_call(sink, node, receiver, positional, named)
         self._copy_out(callee, arguments, positional, receiver)
@@ -285,14 +322,18 @@ class Flow:
             harmless = self._language.harmless_sources
             if harmless is not None and harmless.search(tree.text(node)):
                 return CLEAN
-            return Value({("!" if is_source else "~") + text: ALL})
+            return Value({("!" if is_source else "~") + text: self._dangers(text) if is_source else ALL})
         local = self._functions.get(re.split(r"\.|::|->", callee)[-1].removeprefix("new "))
         if local is not None and local.start in self._summaries and self._summaries[local.start] is None:
             local = None  # within itself: `root.resolve(name)` in a `resolve` of ours is the library's
-        if callbacks and callee.endswith((".map", ".flatMap")):
+        if callbacks and MAPS.search(callee):
             return mapped  # what the function makes of each element, whatever the elements are
         if tree.enumerations and callee.removeprefix("new ") in tree.enumerations:
             return CLEAN
+        if callee.endswith((".replace", ".replaceAll")) and receiver.roots:
+            text = tree.text(arguments)
+            cleans |= BITS["regex"] if ESCAPES_REGEX.search(text) else 0
+            cleans |= BITS["html"] if ESCAPES_HTML.search(text) else 0
         if cleans:
             if local is not None:
                 self._apply_summary(self._summarise(local), positional, named, callee)  # for what it checks
@@ -344,13 +385,29 @@ class Flow:
         self._env.update(changed)
         return result
 
+    def _kept(self, node: Node, receiver: Value) -> Value:
+        """Return what `filter` leaves of a value: what its function checks of an element holds for the rest."""
+        body = node.field("body")
+        if body is None or not receiver.roots or "!" in self._tree.text(body):
+            return receiver
+        saved = self._env, self._cleared
+        self._env, self._cleared = (
+            {**self._env, **dict.fromkeys((n for n, _ in parameters(node, self._tree)), receiver)},
+            {},
+        )
+        self._apply_guard(body)
+        kept = self._alive(receiver)
+        self._env, self._cleared = saved
+        return kept
+
     def _apply_summary(self, summary: Summary, positional: list[Value], named: dict[str, Value], callee: str) -> Value:
         given: dict[str, Value] = {}
         names = summary.params
         offset = 1 if names[:1] in (["self"], ["cls"], ["this"]) else 0
-        for index, value in enumerate(positional):
-            if index + offset < len(names):
-                given[summary.roots[index + offset]] = value
+        for name, root, (slot, apart) in zip(names, summary.roots, summary.slots, strict=False):
+            if offset <= slot < len(positional) + offset:
+                value = positional[slot - offset]
+                given[root] = value.part(name, BITS["fields"]) if apart else value
         for name, value in named.items():
             if name in names:
                 given[summary.roots[names.index(name)]] = value
@@ -361,13 +418,24 @@ class Flow:
             value = self._alive(given.get(root, CLEAN))
             if any(r.startswith("!") and m & sink.danger for r, m in value.roots.items()):
                 self._emit(sink.rule, where)
-        parts = []
-        for root, mask in summary.returned.roots.items():
-            if root in given:
-                parts.append(given[root].without(ALL & ~mask))
-            elif root.startswith("!") and "@" not in root:
-                parts.append(Value({root: mask}))
-        return union(parts, built=summary.returned.built)
+            else:  # a caller's caller may give it
+                waiting = [(r, sink, where) for r, m in value.roots.items() if m & sink.danger]
+                self._pending += [entry for entry in waiting if entry not in self._pending]
+
+        def returned(made: Value) -> Value:
+            parts = []
+            for root, mask in made.roots.items():
+                if root in given:
+                    parts.append(given[root].without(ALL & ~mask))
+                elif root.startswith("!") and "@" not in root:
+                    parts.append(Value({root: mask}))
+            value = union(parts, built=made.built)
+            if not made.fields or not value.roots:
+                return value
+            fields = {name: returned(part) for name, part in made.fields.items()}
+            return Value(value.roots, built=value.built, canonical=value.canonical, fields=fields)
+
+        return returned(summary.returned)
 
     def _copy_out(self, callee: str, arguments: Node, positional: list[Value], receiver: Value) -> None:
         if self._tree.language in ("c", "cpp") and COPIES.search(callee) and len(positional) > 1:
@@ -483,6 +551,8 @@ class Flow:
             return False
         if sink.danger == BITS["format"] and "va_" in self._scope_text(node):
             return True
+        if sink.danger == BITS["header"] and root.startswith(("!body@", "!html@", "!payload@")):
+            return True
         return (sink.danger == BITS["path"] and not value.built) or (sink.danger == BITS["html"] and sink.call is None)
 
     def _scope_text(self, node: Node) -> str:
@@ -509,7 +579,7 @@ class Flow:
             return self._visit(kids[0])
         right = node.field("right") or node.field("value") or kids[-1]
         left = node.field("left") or node.field("declarator") or node.field("name") or kids[0]
-        value = self._visit(right)
+        value = self._alive(self._visit(right))  # what was checked here, stays checked where the ways meet again
         if right.kind == "argument_list" and node.parent is not None:  # C++: `std::ifstream in(path);` is a call too
             made = node.parent.field("type")
             for sink in self._known(squeezed(self._tree.text(made)))[-1] if made is not None else ():
@@ -553,7 +623,10 @@ class Flow:
             "assignment_pattern",
         ):
             for kid in left.kids:
-                if kid.kind != "property_identifier":
+                if kind == "object_pattern" and kid.kind != "rest_pattern" and value.roots:
+                    name = kid.kids[0] if kid.kids else kid
+                    self._bind(kid, value.part(self._tree.text(name), BITS["fields"]))
+                elif kid.kind != "property_identifier":
                     self._bind(kid, value)
             return
         text = squeezed(self._tree.text(left)).lstrip("*&")
@@ -575,12 +648,24 @@ class Flow:
                 if not (sink.when and not sink.when.search(text)) and not (sink.unless and sink.unless.search(text)):
                     self._check(sink, value, node)
 
+    def _check_return(self, value: Value, node: Node) -> None:
+        """What is returned is checked as `return`, and as `return:NAME` of its function."""
+        if not value.roots:
+            return
+        owner = node.parent
+        while owner is not None and owner.kind not in FUNCTIONS:
+            owner = owner.parent
+        if node.kind in ("return_statement", "yield", "throw_statement"):
+            self._check_target("return", value, node)
+        self._check_target(f"return:{function_name(owner, self._tree) if owner is not None else None}", value, node)
+
     def _pair(self, node: Node) -> Value:
         if len(node.kids) != 2:
             return union([self._visit(kid) for kid in node.kids])
         value = self._visit(node.kids[1])
-        self._check_target("key:" + self._tree.text(node.kids[0]).strip("\"'"), value, node)
-        return value
+        target = "key:" + self._tree.text(node.kids[0]).strip("\"'")
+        self._check_target(target, value, node)
+        return value if not value.roots or WHOLE_FIELDS.search(target) else value.part("", BITS["fields"])
 
     def _if(self, node: Node) -> Value:
         body = node.field("consequence") or node.field("body")
@@ -739,7 +824,7 @@ class Flow:
         value = union([self._visit(kid) for kid in node.kids])
         if value.roots:
             self._returns.append(self._alive(value))
-            self._check_target("return", value, node)
+            self._check_return(value, node)
         if node.kids and node.kind == "return_statement":
             self._answer(node.kids[-1])
         return CLEAN
@@ -781,6 +866,7 @@ for _handler, _kinds in (
          "short_var_declaration", "assignment_statement", "var_spec", "const_spec", "init_declarator", "field_definition", "public_field_definition", "resource"),
     ),
     (Flow._declaration, ("declaration",)),
+    (Flow._object, ("object",)),
     (Flow._pair, ("pair", "keyed_element", "jsx_attribute")),
     (Flow._if, ("if_statement", "elif_clause")),
     (Flow._loop, ("for_statement", "for_in_statement", "enhanced_for_statement", "for_range_loop")),

@@ -24,6 +24,10 @@ BY_NAME = "?"  # ends the root of a parameter that nothing but its name says to 
 SILENT = "_"  # begins the root of a parameter whose name says that it is no input
 # `req renderRequest` is what a handler has decoded, and no request of the framework's
 _OWN_REQUEST = re.compile(r"^req\w*\s+\*?(?!http\b)\w*(?:Request|Input|Params|Form|Payload)$")
+# `options: SearchOptions` is what somebody looks for; other options are the caller's
+_SOUGHT = re.compile(r"^(?:options|opts|config|params)\??\s*:\s*\w*(?:Search|Filter|Query|List|Find|Page|Sort)\w*")
+# a body that is declared has the fields of its type
+_DECLARED = re.compile(r":\s*(?!any\b|unknown\b|object\b|Record\b|Partial\b|\{\s*\[)[\w{]")
 _FILE_NAME = re.compile(r"(?i)file|path|url|entry")
 
 
@@ -54,7 +58,7 @@ def bound_parameters(node: Node, tree: Tree, language: Language) -> list[tuple[s
             bound.append((name, CLEAN))
             continue
         if language.ignored_param and language.ignored_param.search(name) and not annotated:
-            own = _OWN_REQUEST.search(text) is not None and not is_handler
+            own = (_OWN_REQUEST.search(text) or _SOUGHT.search(text)) is not None and not is_handler
             bound.append((name, Value({("~" if own else SILENT) + f"{name}@{node.start}": ALL})))
             continue
         strong = is_handler or (language.strong_param is not None and language.strong_param.search(text) is not None)
@@ -64,6 +68,8 @@ def bound_parameters(node: Node, tree: Tree, language: Language) -> list[tuple[s
         dangers = ALL & ~BITS["path"] if named else ALL
         if by_name:
             dangers &= ~BITS["log"]
+        if text.startswith("{") or ((annotated or by_name) and _DECLARED.search(text)):
+            dangers &= ~BITS["fields"]
         roots = {("!" if strong else "~") + f"{name}@{node.start}" + (BY_NAME if by_name else ""): dangers}
         bound.append((name, Value(roots)))
     return bound

@@ -19,10 +19,10 @@ from server.guard.literals import required_words
 # What a tainted value may be dangerous for; a sanitizer takes some of these away.
 DANGERS = (
     "command", "sql", "code", "path", "html", "url", "redirect", "ldap", "xpath", "log", "regex", "deserialize", "format", "header",
-    "template", "xml", "nosql", "size", "prototype", "mail", "error", "import", "random",
+    "template", "xml", "nosql", "size", "prototype", "mail", "error", "import", "random", "fields",
 )  # fmt: skip
 BITS = {name: 1 << i for i, name in enumerate(DANGERS)}
-ALL = (1 << len(DANGERS)) - 1
+ALL = (1 << len(DANGERS)) - 1 & ~BITS["random"]  # input is not random, and no check of its form makes it so
 MAX_CALLEES = 20_000
 _SEVERITIES = frozenset({"low", "medium", "high", "critical"})
 
@@ -93,6 +93,7 @@ class Language:
     name: str
     sources: re.Pattern[str] | None = None
     file_sources: list[tuple[re.Pattern[str], re.Pattern[str]]] = field(default_factory=list)
+    source_dangers: list[tuple[re.Pattern[str], int]] = field(default_factory=list)
     harmless_sources: re.Pattern[str] | None = None
     weak_sources: re.Pattern[str] | None = None
     handler: re.Pattern[str] | None = None
@@ -160,7 +161,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 _TOP = frozenset(
     {
-        "include", "sources", "file_sources", "harmless_sources", "weak_sources", "handler", "strong_param", "safe_type", "ignored_param", "sanitizers", "validators", "canonical",
+        "include", "sources", "file_sources", "source_dangers", "harmless_sources", "weak_sources", "handler", "strong_param", "safe_type", "ignored_param", "sanitizers", "validators", "canonical",
         "propagators", "flows", "patterns",
     }
 )  # fmt: skip
@@ -194,6 +195,9 @@ def _merge(language: Language, path: Path, weaknesses: dict[str, Any], folder: P
             target += [(_compile(path, pattern), _mask(path, dangers)) for pattern in patterns]
     for entry in data.get("file_sources", []):
         language.file_sources.append((_regex(path, entry["file_has"]), _regex(path, entry["match"])))
+    for entry in data.get("source_dangers", []):  # the first that fits says what a source can do; the others can do all
+        dangers = _mask(path, entry.get("dangers", "all")) & ~_mask(path, entry.get("except", ""))
+        language.source_dangers.append((_regex(path, entry["match"]), dangers))
     for entry in data.get("flows", []):
         language.sinks += _sinks(path, entry, weaknesses)
     language.patterns += [_pattern(path, entry, weaknesses) for entry in data.get("patterns", [])]

@@ -9,18 +9,38 @@ if TYPE_CHECKING:
 
 
 class Value:
-    """What is known of one value: its roots with their dangers, and whether it is a text put together from parts."""
+    """What is known of one value: its roots with their dangers, and whether it is a text put together from parts.
 
-    __slots__ = ("built", "canonical", "roots")
+    `fields` is what is known of an object's fields one by one.
+    """
 
-    def __init__(self, roots: dict[str, int] | None = None, *, built: bool = False, canonical: bool = False) -> None:
+    __slots__ = ("built", "canonical", "fields", "roots")
+
+    def __init__(
+        self,
+        roots: dict[str, int] | None = None,
+        *,
+        built: bool = False,
+        canonical: bool = False,
+        fields: dict[str, Value] | None = None,
+    ) -> None:
         self.roots = roots or {}
         self.built = built
         self.canonical = canonical
+        self.fields = fields
 
     def without(self, mask: int) -> Value:
         """Return the value after a sanitizer took `mask` away."""
-        return Value({r: m & ~mask for r, m in self.roots.items() if m & ~mask}, built=self.built)
+        fields = self.fields and {name: value.without(mask) for name, value in self.fields.items()}
+        return Value({r: m & ~mask for r, m in self.roots.items() if m & ~mask}, built=self.built, fields=fields)
+
+    def part(self, name: str, mask: int) -> Value:
+        """Return what is in a field; of an object of which no fields are known, the object without `mask`."""
+        known = self.fields.get(name) if self.fields else None
+        if known is not None:
+            return known
+        roots = {r: m & ~mask for r, m in self.roots.items() if m & ~mask}
+        return Value(roots, built=self.built, canonical=self.canonical)
 
 
 CLEAN = Value()
@@ -28,6 +48,9 @@ CLEAN = Value()
 
 def union(values: Iterable[Value], *, built: bool = False) -> Value:
     """Return a value that may be any of `values`, or all of them put together."""
+    values = [value for value in values if value.roots]
+    if len(values) == 1 and values[0].built >= built:
+        return values[0]
     roots: dict[str, int] = {}
     canonical = False
     for value in values:
