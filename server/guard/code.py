@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from server.guard import advisories, languages, licence, manifests, packages, plain
 from server.guard.flow import Flow
+from server.guard.repeats import is_ambiguous, literal_in
 from server.guard.rules import load_language
 from server.guard.tree import Tree, has_grammar, mask_of_broken, parsed
 from server.types import Finding
@@ -190,6 +191,8 @@ def _patterns(
 def _group_fits(pattern: Pattern, match: re.Match[str], scope: str) -> bool:
     if pattern.greater is not None and match[pattern.greater]:
         return int(match["v"]) > int(match[pattern.greater])
+    if pattern.nested:
+        return is_ambiguous(literal_in(match.string, match.start()))
     # held against something anywhere in the scope: a bounds check, most likely
     return not (pattern.unchecked and match["v"] and _comparison_of(match["v"]).search(scope))
 

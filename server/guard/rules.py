@@ -44,7 +44,7 @@ class Sink:
 
     `args` are positions or names (empty: any argument); `strong` asks for a value that came from outside, not just from a
     parameter; `built` asks for a text put together from parts. `when` and `unless` look at the whole call's text, the
-    same with `_function` at the function around it, its decorators included, and `unless_file` at the whole file.
+    same with `_function` at the function around it, its decorators included, and with `_file` at the whole file.
     """
 
     rule: Rule
@@ -60,6 +60,7 @@ class Sink:
     unless_function: re.Pattern[str] | None
     when_function: re.Pattern[str] | None
     unless_file: re.Pattern[str] | None
+    when_file: re.Pattern[str] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class Pattern:
     """A call, a node or a piece of text that is wrong by itself; `has` and `lacks` look at its scope.
 
     `unchecked`: the variable that the match calls `v` is compared with nothing in the scope. `greater`: the number that it calls
-    `v` is greater than that of this other group.
+    `v` is greater than that of this other group. `nested`: the regular expression that the match begins really is ambiguous.
     """
 
     rule: Rule
@@ -84,6 +85,7 @@ class Pattern:
     words: tuple[str, ...]
     unchecked: bool
     greater: int | None
+    nested: bool
 
 
 @dataclass(slots=True)
@@ -220,7 +222,7 @@ def _sinks(path: Path, given: dict[str, Any], weaknesses: dict[str, Any]) -> lis
     entry = dict(given)
     rule = _rule(path, entry, weaknesses)
     danger = _mask(path, entry.pop("danger"))
-    unless_file = entry.pop("unless_file", None)  # of the whole rule
+    unless_file, when_file = entry.pop("unless_file", None), entry.pop("when_file", None)  # of the whole rule
     sinks = []
     for given_sink in entry.pop("sinks"):
         sink = {"call": given_sink} if isinstance(given_sink, str) else dict(given_sink)
@@ -239,6 +241,7 @@ def _sinks(path: Path, given: dict[str, Any], weaknesses: dict[str, Any]) -> lis
             _optional(path, sink.pop("unless_function", None)),
             _optional(path, sink.pop("when_function", None)),
             _optional(path, sink.pop("unless_file", unless_file)),
+            _optional(path, sink.pop("when_file", when_file)),
         )
         _nothing_left(path, rule, sink)
         sinks.append(made)
@@ -265,6 +268,7 @@ def _pattern(path: Path, given: dict[str, Any], weaknesses: dict[str, Any]) -> P
         required_words(match) if match is not None else (),
         bool(entry.pop("unchecked", False)),
         entry.pop("greater", None),
+        bool(entry.pop("nested", False)),
     )
     _nothing_left(path, rule, entry)
     if (made.call is None) == (made.match is None):
