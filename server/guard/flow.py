@@ -29,6 +29,7 @@ from server.guard.syntax import (
     COMPARISONS,
     COPIES,
     ESCAPES_HTML,
+    ESCAPES_LDAP,
     ESCAPES_REGEX,
     FORMATS,
     JOINS_PATHS,
@@ -56,6 +57,8 @@ _ONE_VALUE = re.compile(r"\(?\s*[\w.$]+\s*===?\s*(?:[\"'][^\"']*[\"']|\w+)\s*\)?
 _HELD = re.compile(
     r"(?:^|\(|!|&&|\|\||\b(?:and|or|not)\b)\s*(?!and\b|or\b|not\b|true\b|false\b)([A-Za-z_]\w*)\s*(?=$|\)|;|&&|\|\||\b(?:and|or)\b)"
 )
+_LISTS = frozenset({"expression_list", "tuple", "array", "list"})
+_LOOKS_UP = re.compile(r"\(\s*(?:this\.)?\w+::(?:get|getOrDefault|contains|containsKey)\s*\)")
 _SCHEME = re.compile(r"\.(?:[sS]cheme|[pP]rotocol|get(?:Scheme|Protocol)\(\)|[pP]ort|getPort\(\)|username|password)$")
 
 
@@ -140,6 +143,12 @@ class Flow:
                 self._check_return(value, body)
                 self._answer(body)
         summary.returned = union(self._returns)
+        shapes = {tuple(value.fields or ()) for value in self._returns}
+        if len(shapes) == 1 and shapes != {()}:
+            every = [value.fields for value in self._returns if value.fields]
+            fields = {name: union([one[name] for one in every]) for name in every[0]}
+            made = summary.returned
+            summary.returned = Value(made.roots, built=made.built, canonical=made.canonical, fields=fields)
         for root, mask in self._answered.items():
             self._cleared[root] = self._cleared.get(root, 0) | mask
         summary.cleared = {root: mask for root, mask in self._cleared.items() if root in summary.roots}
@@ -322,12 +331,16 @@ class Flow:
             harmless = self._language.harmless_sources
             if harmless is not None and harmless.search(tree.text(node)):
                 return CLEAN
-            return Value({("!" if is_source else "~") + text: self._dangers(text) if is_source else ALL})
+            return Value({("!" if is_source else "~") + text: self._dangers(text) if is_source else ALL}).without(
+                cleans
+            )
         local = self._functions.get(re.split(r"\.|::|->", callee)[-1].removeprefix("new "))
         if local is not None and local.start in self._summaries and self._summaries[local.start] is None:
             local = None  # within itself: `root.resolve(name)` in a `resolve` of ours is the library's
         if callbacks and MAPS.search(callee):
             return mapped  # what the function makes of each element, whatever the elements are
+        if callee.endswith((".map", ".filter")) and _LOOKS_UP.fullmatch(tree.text(arguments)):
+            return CLEAN  # `.map(COLUMNS::get)`: what a table of ours has, or nothing
         if tree.enumerations and callee.removeprefix("new ") in tree.enumerations:
             return CLEAN
         if callee.endswith((".replace", ".replaceAll")) and receiver.roots:
@@ -340,8 +353,11 @@ class Flow:
             return union([receiver, *every]).without(cleans)
         if local is not None and not callee.startswith("new "):
             result = self._apply_summary(self._summarise(local), positional, named, callee)
-            # a function that writes entities escapes
-            return result.without(BITS["html"]) if result.roots and ESCAPES_HTML.search(tree.text(local)) else result
+            if result.roots and ESCAPES_HTML.search(tree.text(local)):  # a function that writes entities escapes
+                result = result.without(BITS["html"])
+            if result.roots and ESCAPES_LDAP.search(tree.text(local)):
+                result = result.without(BITS["ldap"])
+            return result
         if RAISES_OUTSIDE.search(callee):
             self._clear(receiver, BITS["path"])
         if VALIDATING.search(callee) and local is None:
@@ -534,6 +550,8 @@ class Flow:
             return
         if sink.unless_file is not None and sink.unless_file.search(self._tree.code):
             return
+        if sink.when_file is not None and not sink.when_file.search(self._tree.code):
+            return
         strong = any(root.startswith("!") and not self._doubtful(root, sink, value, node) for root in alive)
         silent = all(root.startswith(SILENT) for root in alive)
         if not strong and (silent or sink.strong or (sink.built and not value.built)):
@@ -605,12 +623,8 @@ class Flow:
     def _bind(self, left: Node, value: Value, right: Node | None = None) -> None:
         kind = left.kind
         if kind in ("expression_list", "pattern_list", "tuple_pattern", "list_pattern", "array_pattern"):
-            values = [value] * len(left.kids)
-            if (
-                right is not None
-                and right.kind in ("expression_list", "tuple", "array", "list")
-                and len(right.kids) == len(left.kids)
-            ):
+            values = [value.part(str(place), 0) for place in range(len(left.kids))]
+            if right is not None and right.kind in _LISTS and len(right.kids) == len(left.kids):
                 values = [self._visit(kid) for kid in right.kids]
             for kid, part in zip(left.kids, values, strict=True):
                 self._bind(kid, part)
@@ -821,7 +835,12 @@ class Flow:
         return value
 
     def _return(self, node: Node) -> Value:
-        value = union([self._visit(kid) for kid in node.kids])
+        several = node.kids[0] if len(node.kids) == 1 and node.kids[0].kind in _LISTS else node
+        values = [self._visit(kid) for kid in several.kids]
+        value = union(values)
+        if len(values) > 1:  # `return sql, arguments`: a tuple's places are its fields
+            fields = {str(place): part for place, part in enumerate(values)}
+            value = Value(value.roots, built=value.built, canonical=value.canonical, fields=fields)
         if value.roots:
             self._returns.append(self._alive(value))
             self._check_return(value, node)

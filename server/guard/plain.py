@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 
 _SQL_TOKEN = re.compile(r"--[^\n]*|/\*.*?(?:\*/|\Z)|'(?:[^']|'')*(?:'|\Z)|\$(\w*)\$.*?(?:\$\1\$|\Z)", re.DOTALL)
+_BODY = re.compile(r"(\$\w*\$)(.*?)(\$\w*\$|\Z)", re.DOTALL)
 _HASH_COMMENT = re.compile(r"(?m)^[ \t]*#(?!!)[^\n]*")
 _INSTRUCTION = re.compile(r"(?m)^[ \t]*[A-Z]+(?=\s)(?:[^\n\\]|\\(?!\s*\n)|\\[ \t]*\n(?:[ \t]*(?:#[^\n]*)?\n)*)*")
 _HCL_TOKEN = re.compile(r"#[^\n]*|//[^\n]*|/\*.*?(?:\*/|\Z)|\"(?:[^\"\\\n]|\\.)*\"", re.DOTALL)
@@ -31,6 +32,13 @@ def _sql(source: str) -> tuple[str, str]:
         between = source[position : match.start()]
         text = match[0]
         blank = re.sub(r"[^\n]", " ", text)
+        body = _BODY.fullmatch(text)
+        if body is not None:  # what stands between `$$` is code again, with texts and comments of its own
+            inner = _sql(body[2])
+            code += [between, body[1] + inner[0] + body[3]]
+            masked += [between, body[1] + inner[1] + body[3]]
+            position = match.end()
+            continue
         is_comment = text.startswith(("--", "/*"))
         code += [between, blank if is_comment else text]
         masked += [between, blank if is_comment or text[0] == "'" else text]

@@ -70,7 +70,8 @@ ASKS = re.compile(
     r"anyMatch|allMatch|noneMatch|Boolean|bool)$"
 )
 RAISES_OUTSIDE = re.compile(r"\.relative_to$")  # Python: raises where the path is not under the folder
-ESCAPES_HTML = re.compile(r"&lt;|&#60;|&#x3[cC];|\[[^\]\n^]{0,12}<[^\]\n]{0,12}>[^\]\n]{0,12}\]")
+ESCAPES_HTML = re.compile(r"&lt;|&#60;|&#x3[cC];|&#x?(?:[\"'`]|%|\$?\{)|\[[^\]\n^]{0,12}<[^\]\n]{0,12}>[^\]\n]{0,12}\]")
+ESCAPES_LDAP = re.compile(r"\\\\(?:5c|2a|28|29)", re.IGNORECASE)
 MAPS = re.compile(r"(?:\.(?:map|flatMap)|^Array\.from|(?:^|\.)useMemo)$")  # calls that give what their function returns
 ESCAPES_REGEX = re.compile(r"\\\\\$&")  # `replace(/[.*+?]/g, '\\$&')`
 WHOLE_FIELDS = re.compile(r"^key:(?:data|values|set|\$set|update|create|doc)$")  # what holds the fields of a record
