@@ -27,6 +27,7 @@ _SCOPES = frozenset(
     }
 )  # fmt: skip
 _LOOK_BEHIND_CHARS = 400
+_OWN_VARIABLES = re.compile(r"HOME|PWD|OLDPWD|USER|LOGNAME|TMPDIR|HOSTNAME|UID|EUID|RANDOM|SECONDS|BASHPID|PPID|XDG_\w+")
 
 
 def find_insecure(source: str, language: str | None) -> list[Finding]:
@@ -179,16 +180,19 @@ def _patterns(
         for match in pattern.match.finditer(masked if pattern.masked else code):
             if not pattern.masked and not masked[match.start() : match.end()].strip():
                 continue  # all of it stands inside a string: it is talked about, not done
-            start, end = _scope(pattern.scope, match.start(), match.end(), code, spans, functions)
+            where = match.span("at" if "at" in pattern.match.groupindex else 0)
+            start, end = _scope(pattern.scope, *where, code, spans, functions)
             known = fits.get((start, end))
             if known is None:
                 known = fits[start, end] = _scope_fits(pattern, code[start:end])
-            if known and _group_fits(pattern, match, masked[start:end]):
-                findings.append(_finding(pattern.rule, match.start(), match.end(), name))
+            if known and _group_fits(pattern, match, masked[start:end], code):
+                findings.append(_finding(pattern.rule, *where, name))
     return findings
 
 
-def _group_fits(pattern: Pattern, match: re.Match[str], scope: str) -> bool:
+def _group_fits(pattern: Pattern, match: re.Match[str], scope: str, code: str) -> bool:
+    if pattern.foreign and match["v"] and _is_settled(match["v"], code):
+        return False
     if pattern.greater is not None and match[pattern.greater]:
         return int(match["v"]) > int(match[pattern.greater])
     if pattern.nested:
@@ -199,10 +203,45 @@ def _group_fits(pattern: Pattern, match: re.Match[str], scope: str) -> bool:
 
 @lru_cache(maxsize=512)
 def _comparison_of(name: str) -> re.Pattern[str]:
+    """Return what finds a comparison of `name`; `f(to, name) < 0` is none, it asks how the call went."""
     word = rf"(?<![\w.>]){re.escape(name)}\b"
     return re.compile(
-        rf"{word}\s*\)?\s*(?:[<>](?![<>])=?|[=!]=)|(?<![-<>=])[<>]=?\s*(?:\(\s*\w+\s*\)\s*)?{word}|%\s*{word}|{word}\s*%=?"
+        rf"{word}\s*(?:[<>](?![<>])=?|[=!]=)|(?<!,)(?<!, )(?<!sizeof )(?<!sizeof\(){word}\s*\)\s*(?:[<>](?![<>])=?|[=!]=)"
+        rf"|(?<![-<>=])[<>]=?\s*(?:\(\s*\w+\s*\)\s*)?{word}|%\s*{word}|{word}\s*%=?"
+        rf"|\b(?i:min|clamp|max|valid\w*|check\w*|in_range|in_bounds|fits)(?:<[^<>;]{{0,60}}>)?\([^;]{{0,80}}?{word}"
     )
+
+
+@lru_cache(maxsize=512)
+def _settings_of(name: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """Return what finds a check of the shell variable `name` against a pattern, and what it is set to."""
+    word = re.escape(name)
+    check = rf"\[\[[^\n]{{0,200}}\$\{{?{word}\}}?\"?\s*=~|\bcase\s+\"?\$\{{?{word}\}}?\"?\s+in\b|10#\$?\{{?{word}\b"
+    values = (
+        rf"(?<![\w$.-]){word}=(\"[^\"\n]{{0,300}}\"?|'[^'\n]{{0,300}}'|[^\s;]{{0,300}})|\bread\s[^\n;|]{{0,120}}\b({word})\b|"
+        rf"\bfor\s+({word})\s+in\s([^\n;]{{0,300}})"
+    )
+    return re.compile(check), re.compile(values)
+
+
+def _is_settled(name: str, code: str, depth: int = 3) -> bool:
+    """Whether the shell variable `name` holds what the script itself says, or was held against a pattern."""
+    if _OWN_VARIABLES.fullmatch(name):
+        return True
+    if name.isdigit() or not name.isidentifier() or depth == 0:
+        return False
+    check, values = _settings_of(name)
+    if check.search(code):
+        return True
+    given = list(values.finditer(code, 0, 200_000))[:20]
+    if not given or any(m[2] for m in given):
+        return False
+    for text in (m[1] or m[4] or "" for m in given):
+        if re.search(r"\$\{?[@*#!]|\*|`|<", text):
+            return False
+        if any(not _is_settled(other, code, depth - 1) for other in re.findall(r"\$\{?(\w+)", text)):
+            return False
+    return True
 
 
 def _scope(

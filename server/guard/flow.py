@@ -48,7 +48,7 @@ from server.guard.syntax import (
 from server.guard.values import CLEAN, Value, joined, union
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from server.guard.tree import Node, Tree
 
@@ -59,6 +59,7 @@ _HELD = re.compile(
 )
 _LISTS = frozenset({"expression_list", "tuple", "array", "list"})
 _LOOKS_UP = re.compile(r"\(\s*(?:this\.)?\w+::(?:get|getOrDefault|contains|containsKey)\s*\)")
+_TEXT = re.compile(r"\bchar\b|string")
 _SCHEME = re.compile(r"\.(?:[sS]cheme|[pP]rotocol|get(?:Scheme|Protocol)\(\)|[pP]ort|getPort\(\)|username|password)$")
 
 
@@ -432,7 +433,11 @@ class Flow:
                 self._clear(given[root], mask)
         for root, sink, where in summary.pending:
             value = self._alive(given.get(root, CLEAN))
-            if any(r.startswith("!") and m & sink.danger for r, m in value.roots.items()):
+            doubted = not sink.strong and (value.built or not sink.built) and self._is_only_called_here(where, {root})
+            if any(
+                (r.startswith("!") or (doubted and not r.startswith(SILENT))) and m & sink.danger
+                for r, m in value.roots.items()
+            ):
                 self._emit(sink.rule, where)
             else:  # a caller's caller may give it
                 waiting = [(r, sink, where) for r, m in value.roots.items() if m & sink.danger]
@@ -554,7 +559,9 @@ class Flow:
             return
         strong = any(root.startswith("!") and not self._doubtful(root, sink, value, node) for root in alive)
         silent = all(root.startswith(SILENT) for root in alive)
-        if not strong and (silent or sink.strong or (sink.built and not value.built)):
+        if not strong and (
+            silent or sink.strong or (sink.built and not value.built) or self._is_only_called_here(node, alive)
+        ):
             self._pending += [(root, sink, node) for root in alive]
             return
         self._emit(sink.rule, node)
@@ -573,10 +580,27 @@ class Flow:
             return True
         return (sink.danger == BITS["path"] and not value.built) or (sink.danger == BITS["html"] and sink.call is None)
 
-    def _scope_text(self, node: Node) -> str:
+    def _is_only_called_here(self, node: Node, roots: Iterable[str]) -> bool:
+        """Whether `roots` are texts that a `static` function of C around `node` gets, and this file has all calls of it."""
+        if self._tree.language not in ("c", "cpp"):
+            return False
+        scope = self._function_around(node)
+        if scope is None or not re.match(r"(?:inline\s+)?static\b", self._tree.code[scope.start : scope.start + 20]):
+            return False
+        texts = {f"{name}@{scope.start}" for name, text in parameters(scope, self._tree) if _TEXT.search(text)}
+        if not all(root.strip("!~_?") in texts for root in roots):
+            return False
+        name = function_name(scope, self._tree)
+        return name is not None and len(re.findall(rf"\b{re.escape(name)}\s*\(", self._tree.masked)) > 1
+
+    def _function_around(self, node: Node) -> Node | None:
         scope: Node | None = node
         while scope is not None and scope.kind not in FUNCTIONS:
             scope = scope.parent
+        return scope
+
+    def _scope_text(self, node: Node) -> str:
+        scope = self._function_around(node)
         if scope is not None and scope.parent is not None and scope.parent.kind == "decorated_definition":
             scope = scope.parent
         return self._tree.text(scope) if scope is not None else self._tree.code

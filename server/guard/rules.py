@@ -69,6 +69,9 @@ class Pattern:
 
     `unchecked`: the variable that the match calls `v` is compared with nothing in the scope. `greater`: the number that it calls
     `v` is greater than that of this other group. `nested`: the regular expression that the match begins really is ambiguous.
+    `foreign`: the shell variable that it calls `v` is set to no fixed text and held
+    against no pattern in the file. A match that begins far before the harm calls that piece `at`: it is what is reported, and
+    where the scope is looked for.
     """
 
     rule: Rule
@@ -86,6 +89,7 @@ class Pattern:
     unchecked: bool
     greater: int | None
     nested: bool
+    foreign: bool
 
 
 @dataclass(slots=True)
@@ -269,12 +273,14 @@ def _pattern(path: Path, given: dict[str, Any], weaknesses: dict[str, Any]) -> P
         bool(entry.pop("unchecked", False)),
         entry.pop("greater", None),
         bool(entry.pop("nested", False)),
+        bool(entry.pop("foreign", False)),
     )
     _nothing_left(path, rule, entry)
     if (made.call is None) == (made.match is None):
         raise ConfigError(f"{path}: rule {rule.id}: expected one of 'call' and 'match'")
-    if (made.unchecked or made.greater is not None) and (match is None or "v" not in match.groupindex):
-        raise ConfigError(f"{path}: rule {rule.id}: 'unchecked' and 'greater' ask for a 'match' with a group 'v'")
+    about_one = made.unchecked or made.foreign or made.greater is not None
+    if about_one and (match is None or "v" not in match.groupindex):
+        raise ConfigError(f"{path}: rule {rule.id}: 'unchecked', 'greater' and 'foreign' ask for a 'match' with a group 'v'")
     return made
 
 
