@@ -27,7 +27,9 @@ _SCOPES = frozenset(
     }
 )  # fmt: skip
 _LOOK_BEHIND_CHARS = 400
-_OWN_VARIABLES = re.compile(r"HOME|PWD|OLDPWD|USER|LOGNAME|TMPDIR|HOSTNAME|UID|EUID|RANDOM|SECONDS|BASHPID|PPID|XDG_\w+")
+_OWN_VARIABLES = re.compile(
+    r"HOME|PWD|OLDPWD|USER|LOGNAME|TMPDIR|HOSTNAME|UID|EUID|RANDOM|SECONDS|BASHPID|PPID|XDG_\w+"
+)
 
 
 def find_insecure(source: str, language: str | None) -> list[Finding]:

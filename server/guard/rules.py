@@ -280,7 +280,9 @@ def _pattern(path: Path, given: dict[str, Any], weaknesses: dict[str, Any]) -> P
         raise ConfigError(f"{path}: rule {rule.id}: expected one of 'call' and 'match'")
     about_one = made.unchecked or made.foreign or made.greater is not None
     if about_one and (match is None or "v" not in match.groupindex):
-        raise ConfigError(f"{path}: rule {rule.id}: 'unchecked', 'greater' and 'foreign' ask for a 'match' with a group 'v'")
+        raise ConfigError(
+            f"{path}: rule {rule.id}: 'unchecked', 'greater' and 'foreign' ask for a 'match' with a group 'v'"
+        )
     return made
 
 
