@@ -69,9 +69,8 @@ class Pattern:
 
     `unchecked`: the variable that the match calls `v` is compared with nothing in the scope. `greater`: the number that it calls
     `v` is greater than that of this other group. `nested`: the regular expression that the match begins really is ambiguous.
-    `foreign`: the shell variable that it calls `v` is set to no fixed text and held
-    against no pattern in the file. A match that begins far before the harm calls that piece `at`: it is what is reported, and
-    where the scope is looked for.
+    `foreign`: the shell variable that it calls `v` is set to no fixed text and held against no pattern in the file. A match that
+    begins far before the harm calls that piece `at`: it is what is reported, and where the scope is looked for.
     """
 
     rule: Rule
