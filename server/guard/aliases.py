@@ -18,7 +18,9 @@ _JS_IMPORT = re.compile(
     r"\s*+from\s*+['\"]([^'\"\n]{1,300})['\"]",
     re.MULTILINE,
 )
-_JS_SCHEMA = re.compile(r"(?:const|let|var)\s+(\w+)\s*(?::\s*[\w.<>]+\s*)?=\s*(z|zod|yup|[jJ]oi|vine|v|t|s)\.(\w+)\(")
+_JS_SCHEMA = re.compile(
+    r"(?:const|let|var)\s++(\w++)\s*+(?::\s*+[\w.<>]++\s*+)?=\s*+(z|zod|yup|[jJ]oi|vine|v|t|s)\.(\w++)\("
+)
 _JS_PROMISIFY = re.compile(r"(?:const|let|var)\s+(\w+)\s*=\s*(?:util\.)?promisify\(\s*([\w.]+)\s*\)")
 
 

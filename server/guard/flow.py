@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from server.guard.tree import Node, Tree
 
 
+MAX_WAITING = 256  # sinks of one function: each is looked at again wherever it is called
 _ONE_VALUE = re.compile(r"\(?\s*[\w.$]+\s*===?\s*(?:[\"'][^\"']*[\"']|\w+)\s*\)?")
 _HELD = re.compile(
     r"(?:^|\(|!|&&|\|\||\b(?:and|or|not)\b)\s*(?!and\b|or\b|not\b|true\b|false\b)([A-Za-z_]\w*)\s*(?=$|\)|;|&&|\|\||\b(?:and|or)\b)"
@@ -72,7 +73,7 @@ class Summary:
     slots: list[tuple[int, bool]] = field(default_factory=list)  # the position, and whether a pattern takes it apart
     returned: Value = CLEAN
     cleared: dict[str, int] = field(default_factory=dict)
-    pending: list[tuple[str, Sink, Node]] = field(default_factory=list)
+    pending: dict[tuple[str, str, int], tuple[str, Sink, Node]] = field(default_factory=dict)
 
 
 class Flow:
@@ -87,7 +88,7 @@ class Flow:
         self._found: dict[tuple[str, int], tuple[Rule, Node]] = {}
         self._functions: dict[str, Node] = {}
         self._summaries: dict[int, Summary | None] = {}
-        self._pending: list[tuple[str, Sink, Node]] = []
+        self._pending: dict[tuple[str, str, int], tuple[str, Sink, Node]] = {}
         self._answered: dict[str, int] = {}
         self._aliases = aliases_of(tree)
         self._file_sources = [match for has, match in language.file_sources if has.search(tree.code)]
@@ -131,7 +132,7 @@ class Flow:
             before = text
             summary.slots.append((slot, apart))
         outer = self._env, self._cleared, self._returns, self._pending, self._answered
-        self._env, self._cleared, self._returns, self._pending = dict(self._env), dict(self._cleared), [], []
+        self._env, self._cleared, self._returns, self._pending = dict(self._env), dict(self._cleared), [], {}
         self._answered = {}
         self._env.update(params)
         body = node.field("body") or (node.kids[-1] if node.kids else None)
@@ -317,11 +318,13 @@ class Flow:
         every = [*positional, *named.values()]
         if callee not in self._functions:  # a function of this file is not the library's of the same name
             self.calls.append((callee, node, arguments))
+        is_source, is_weak, cleans, propagates, canonical, sinks = self._known(callee)
         elements = union(positional) if callee == "Array.from" else receiver
+        if is_source and callbacks:  # what a socket hands to a function
+            elements = Value({"!" + callee: self._dangers(callee)})
         mapped = union([self._callback(callback, elements) for callback in callbacks])
         if callbacks and callee.endswith(".filter"):
             receiver = self._kept(callbacks[0], receiver)
-        is_source, is_weak, cleans, propagates, canonical, sinks = self._known(callee)
         if callee not in self._functions:
             for sink in sinks:
                 self._check_call(sink, node, receiver, positional, named)
@@ -431,8 +434,11 @@ class Flow:
         for root, mask in summary.cleared.items():
             if root in given:
                 self._clear(given[root], mask)
-        for root, sink, where in summary.pending:
-            value = self._alive(given.get(root, CLEAN))
+        alive = {root: self._alive(value) for root, value in given.items() if value.roots}
+        for root, sink, where in summary.pending.values():
+            value = alive.get(root, CLEAN)
+            if not value.roots:
+                continue
             doubted = not sink.strong and (value.built or not sink.built) and self._is_only_called_here(where, {root})
             if any(
                 (r.startswith("!") or (doubted and not r.startswith(SILENT))) and m & sink.danger
@@ -440,8 +446,7 @@ class Flow:
             ):
                 self._emit(sink.rule, where)
             else:  # a caller's caller may give it
-                waiting = [(r, sink, where) for r, m in value.roots.items() if m & sink.danger]
-                self._pending += [entry for entry in waiting if entry not in self._pending]
+                self._wait([r for r, m in value.roots.items() if m & sink.danger], sink, where)
 
         def returned(made: Value) -> Value:
             parts = []
@@ -562,9 +567,14 @@ class Flow:
         if not strong and (
             silent or sink.strong or (sink.built and not value.built) or self._is_only_called_here(node, alive)
         ):
-            self._pending += [(root, sink, node) for root in alive]
+            self._wait(alive, sink, node)
             return
         self._emit(sink.rule, node)
+
+    def _wait(self, roots: list[str], sink: Sink, node: Node) -> None:
+        """Keep a sink until a caller of this function gives something from outside."""
+        if len(self._pending) < MAX_WAITING:
+            self._pending.update({(root, sink.rule.id, node.start): (root, sink, node) for root in roots})
 
     def _doubtful(self, root: str, sink: Sink, value: Value, node: Node) -> bool:
         """Whether a root is strong by a parameter's name alone, and that is too little here.
