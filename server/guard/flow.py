@@ -345,6 +345,9 @@ class Flow:
             return mapped  # what the function makes of each element, whatever the elements are
         if callee.endswith((".map", ".filter")) and _LOOKS_UP.fullmatch(tree.text(arguments)):
             return CLEAN  # `.map(COLUMNS::get)`: what a table of ours has, or nothing
+        owner_name, _, method = callee.rpartition(".")
+        if method in ("get", "getOrDefault") and not receiver.roots and owner_name in self._env:
+            return CLEAN  # what a table of this file has under that name
         if tree.enumerations and callee.removeprefix("new ") in tree.enumerations:
             return CLEAN
         if callee.endswith((".replace", ".replaceAll")) and receiver.roots:
