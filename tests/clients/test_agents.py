@@ -63,8 +63,8 @@ def test_the_first_exchange_completes_and_is_streamed(gateway, name, tmp_path):
         assert set(outcome.statuses) == {200}
         assert re.search(rb'"stream": ?true', outcome.requests)
         assert b"content-type: text/event-stream" in outcome.responses.lower()
-        assert outcome.responses.count(b"data: ") > 5
-        if gateway.shows_answer(outcome.out, outcome.responses):
+        is_long = outcome.responses.count(b"data: ") > 5  # of a single word it can't be told that it came in parts
+        if is_long and gateway.shows_answer(outcome.out, outcome.responses):
             return
         printed.append(outcome.text)
     pytest.fail(f"it showed no answer: {printed}")
