@@ -164,15 +164,18 @@ async def test_a_request_that_ended_while_the_disk_failed_is_closed_once_it_is_b
                 record.decide(DECISION, REQUEST)
                 await record.accept(PROMPT, CLEAN, EFFECTIVE)
                 await record.durable()
+                accepted[name].set()
                 await may_end[name].wait()
                 await record.finish(Outcome(status="completed"))
                 if is_left:
                     raise asyncio.CancelledError
                 await record.durable()
 
-        may_end = {name: asyncio.Event() for name in ("told", "left", "later")}
-        told, left = asyncio.create_task(request("told")), asyncio.create_task(request("left", is_left=True))
+        accepted, may_end = ({name: asyncio.Event() for name in ("told", "left", "later")} for _ in range(2))
         await append_until_it_works(client, 0)
+        told, left = asyncio.create_task(request("told")), asyncio.create_task(request("left", is_left=True))
+        await accepted["told"].wait()
+        await accepted["left"].wait()
         with monkeypatch.context() as patch:
             patch.setattr(os, "fdatasync", _raise_eio)
             may_end["told"].set()
