@@ -29,7 +29,9 @@ def args(tmp_path: Path) -> list[str]:
 
 def on(monkeypatch: pytest.MonkeyPatch, dtype: Any, *, avx512: bool, cpu: bool = True) -> None:
     monkeypatch.setattr(dtype, "multiplies_bfloat16", lambda: avx512)
-    monkeypatch.setattr(type(dtype.current_platform), "is_cpu", lambda _: cpu)
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda _: cpu)
 
 
 def test_a_processor_without_bfloat16_computes_in_float32(
@@ -41,13 +43,15 @@ def test_a_processor_without_bfloat16_computes_in_float32(
     assert "twice the memory" in caplog.text
 
 
-@pytest.mark.parametrize("kept", ["avx512", "cuda", "named", "quantized", "quantized in flight"])
+@pytest.mark.parametrize("kept", ["avx512", "cuda", "named", "quantized", "quantized in flight", "none"])
 def test_elsewhere_the_type_is_left_alone(
     monkeypatch: pytest.MonkeyPatch, dtype: Any, args: list[str], tmp_path: Path, kept: str
 ) -> None:
     on(monkeypatch, dtype, avx512=kept == "avx512", cpu=kept != "cuda")
     if kept == "named":
         args[3] = "bfloat16"
+    if kept == "none":
+        args = args[:2]
     if kept == "quantized":
         (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "awq"}}))
     if kept == "quantized in flight":

@@ -7,7 +7,6 @@ import logging
 from pathlib import Path
 
 import torch
-from vllm.platforms import current_platform
 
 logger = logging.getLogger("strongroom.engine")
 
@@ -21,9 +20,11 @@ def with_fitting_dtype(args: list[str]) -> list[str]:
     Args:
         args: As `build_engine_argv` makes them; `--model` names a folder with its `config.json`.
     """
-    where = args.index("--dtype") + 1
-    if args[where] != "auto" or "--quantization" in args or multiplies_bfloat16():
+    where = args.index("--dtype") + 1 if "--dtype" in args else 0
+    if not where or args[where] != "auto" or "--quantization" in args or multiplies_bfloat16():
         return args
+    from vllm.platforms import current_platform  # only where it is asked for
+
     config = Path(args[args.index("--model") + 1], "config.json")
     if not current_platform.is_cpu() or "quantization_config" in json.loads(config.read_bytes()):
         return args
