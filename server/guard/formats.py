@@ -255,7 +255,7 @@ CONTEXTS: tuple[Context, ...] = (
     Context(
         "xml-password",
         ("password>", "passwd>", "pwd>", "secret>", "apikey>", "token>"),
-        r"(?i:<\w{0,24}(?:password|passwd|pwd|secret|apikey|token)>)",
+        r"(?i:<\w{0,24}(?:password|passwd|pwd|secret|apikey|token)>)(?![\s(&*])",  # `vector<Token> all;` is a type
         r"[^<>\n\r]",
         4,
         "password",
