@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from server.guard import advisories, languages, licence, manifests, packages, plain
 from server.guard.flow import Flow
+from server.guard.literals import can_match
 from server.guard.repeats import is_ambiguous, literal_in
 from server.guard.rules import load_language
 from server.guard.tree import Tree, has_grammar, mask_of_broken, parsed
@@ -174,7 +175,7 @@ def _patterns(
     facts: dict[int, bool] = {}
     low = code.lower()
     for pattern in rules.patterns:
-        if pattern.match is None or (pattern.words and not any(word in low for word in pattern.words)):
+        if pattern.match is None or not can_match(pattern.needs, low):
             continue
         if not _file_fits(pattern, code, facts):
             continue

@@ -123,10 +123,11 @@ class Flow:
         if node.start in self._summaries:
             return known or Summary([], [])
         self._summaries[node.start] = None  # a recursive call sees nothing
-        params = bound_parameters(node, self._tree, self._language)
+        listed = parameters(node, self._tree)
+        params = bound_parameters(node, self._tree, self._language, listed)
         summary = Summary([name for name, _ in params], [next(iter(v.roots), "") for _, v in params])
         slot, before = -1, ""
-        for _, text in parameters(node, self._tree):
+        for _, text in listed:
             apart = text.startswith("{")
             slot += not (apart and text == before)
             before = text
@@ -648,7 +649,8 @@ class Flow:
 
     def _declaration(self, node: Node) -> Value:
         """C++: `std::ifstream in(path, std::ios::binary);` reads as the declaration of a function, and is a call."""
-        made, declared = node.field("type"), node.first("function_declarator")
+        declared = node.first("function_declarator")
+        made = node.field("type") if declared is not None else None
         if made is None or declared is None or node.parent is None or node.parent.kind != "compound_statement":
             return union([self._visit(kid) for kid in node.kids])
         listing = declared.field("parameters")
@@ -693,11 +695,10 @@ class Flow:
     def _check_target(self, target: str, value: Value, node: Node) -> None:
         if not value.roots:
             return
-        for sink in self._language.sinks:
-            if sink.assign is not None and sink.assign.search(squeezed(target)):
-                text = self._tree.text(node)
-                if not (sink.when and not sink.when.search(text)) and not (sink.unless and sink.unless.search(text)):
-                    self._check(sink, value, node)
+        for sink in self._language.sinks_of(squeezed(target)):
+            text = self._tree.text(node)
+            if not (sink.when and not sink.when.search(text)) and not (sink.unless and sink.unless.search(text)):
+                self._check(sink, value, node)
 
     def _check_return(self, value: Value, node: Node) -> None:
         """What is returned is checked as `return`, and as `return:NAME` of its function."""

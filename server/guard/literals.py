@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import re
+    from collections.abc import Iterable
 
 _c: Any = None
 _p: Any = None
@@ -15,50 +16,65 @@ try:
 except ImportError:  # the parser moved: without it every pattern is simply run
     _c = _p = None
 
+Needs = tuple[tuple[str, ...], ...]
 _MIN_CHARS = 2
 _MAX_WORDS = 40
 
 
-def required_words(pattern: re.Pattern[str]) -> tuple[str, ...]:
-    """Return lower-case words of which every match of `pattern` holds at least one; empty where nothing can be said."""
+def required_words(patterns: Iterable[re.Pattern[str]]) -> Needs:
+    """Return sets of lower-case words: a text that all `patterns` match holds at least one word of each set.
+
+    The set that says most stands first, for most texts lack it.
+    """
     if _p is None:
         return ()
-    words = _of_sequence(list(_p.parse(pattern.pattern, pattern.flags)))
-    return tuple(sorted(words)) if words else ()
+    needs = {need for p in patterns for need in _of_sequence(list(_p.parse(p.pattern, p.flags)))}
+    return tuple(tuple(sorted(need)) for need in sorted(needs, key=lambda n: (*_worth(n), sorted(n)), reverse=True))
 
 
-def _of_sequence(items: list[Any]) -> frozenset[str] | None:
-    best: frozenset[str] | None = None
+def can_match(needs: Needs, low: str) -> bool:
+    """Whether the lower-case text `low` holds what `required_words` says."""
+    for need in needs:
+        for word in need:
+            if word in low:
+                break
+        else:
+            return False
+    return True
+
+
+def _of_sequence(items: list[Any]) -> list[frozenset[str]]:
+    needs: list[frozenset[str]] = []
     run: list[str] = []
     for op, value in [*items, (None, None)]:
         if op is _c.LITERAL:
             run.append(chr(value).lower())
             continue
-        best = _better(best, frozenset({"".join(run)}) if len(run) >= _MIN_CHARS else None)
+        if len(run) >= _MIN_CHARS:
+            needs.append(frozenset({"".join(run)}))
         run = []
         if op is not None:
-            best = _better(best, _of_item(op, value))
-    return best
+            needs += _of_item(op, value)
+    return needs
 
 
-def _of_item(op: Any, value: Any) -> frozenset[str] | None:
+def _of_item(op: Any, value: Any) -> list[frozenset[str]]:
     if op is _c.SUBPATTERN:
         return _of_sequence(list(value[3]))
     if op is _c.BRANCH:
         parts = [_of_sequence(list(branch)) for branch in value[1]]
-        known = [part for part in parts if part is not None]
-        if len(known) < len(parts):
-            return None
-        union = frozenset().union(*known)
-        return union if len(union) <= _MAX_WORDS else None
+        if not all(parts):
+            return []
+        union = frozenset().union(*(max(part, key=_worth) for part in parts))
+        return [union] if len(union) <= _MAX_WORDS else []
     if op in (_c.MAX_REPEAT, _c.MIN_REPEAT, _c.POSSESSIVE_REPEAT) and value[0] >= 1:
         return _of_sequence(list(value[2]))
     if op is _c.ATOMIC_GROUP:
         return _of_sequence(list(value))
-    return None
+    if op is _c.ASSERT:  # what a match looks at stands in the text as well
+        return _of_sequence(list(value[1]))
+    return []
 
 
-def _better(one: frozenset[str] | None, other: frozenset[str] | None) -> frozenset[str] | None:
-    if one is None or other is None:
-        return one or other
-    return max(one, other, key=lambda words: (min(map(len, words)), -len(words)))
+def _worth(words: frozenset[str]) -> tuple[int, int]:
+    return min(map(len, words)), -len(words)

@@ -31,8 +31,10 @@ _DECLARED = re.compile(r":\s*(?!any\b|unknown\b|object\b|Record\b|Partial\b|\{\s
 _FILE_NAME = re.compile(r"(?i)file|path|url|entry")
 
 
-def bound_parameters(node: Node, tree: Tree, language: Language) -> list[tuple[str, Value]]:
-    """Return (name, what it may hold) of each parameter of a function: from outside, perhaps, or harmless by its type."""
+def bound_parameters(
+    node: Node, tree: Tree, language: Language, listed: list[tuple[str, str]]
+) -> list[tuple[str, Value]]:
+    """Return (name, what it may hold) of each parameter `listed`: from outside, perhaps, or harmless by its type."""
     header_start = node.start
     if node.parent is not None and node.parent.kind in ("decorated_definition", "export_statement"):
         header_start = node.parent.start
@@ -49,7 +51,7 @@ def bound_parameters(node: Node, tree: Tree, language: Language) -> list[tuple[s
         header = _class_header(node, tree) + header
     is_handler = language.handler is not None and language.handler.search(header) is not None
     bound = []
-    for name, text in parameters(node, tree):
+    for name, text in listed:
         annotated = text.startswith("@") and language.strong_param and language.strong_param.search(text)
         if tree.enumerations and not tree.enumerations.isdisjoint(_WORD.findall(text)):
             bound.append((name, CLEAN))

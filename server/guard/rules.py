@@ -14,7 +14,7 @@ import yaml
 
 from server.errors import ConfigError
 from server.guard.bounds import bounded
-from server.guard.literals import required_words
+from server.guard.literals import Needs, required_words
 
 # What a tainted value may be dangerous for; a sanitizer takes some of these away.
 DANGERS = (
@@ -84,7 +84,7 @@ class Pattern:
     lacks: tuple[re.Pattern[str], ...]
     file_has: re.Pattern[str] | None
     file_lacks: re.Pattern[str] | None
-    words: tuple[str, ...]
+    needs: Needs
     unchecked: bool
     greater: int | None
     nested: bool
@@ -113,6 +113,7 @@ class Language:
     patterns: list[Pattern] = field(default_factory=list)
     callees: dict[str, Any] = field(default_factory=dict)
     call_patterns: dict[str, list[Pattern]] = field(default_factory=dict)
+    target_sinks: dict[str, list[Sink]] = field(default_factory=dict)
 
     def patterns_for(self, callee: str) -> list[Pattern]:
         """Return the call patterns that fit `callee`; remembered, for code calls the same names over and over."""
@@ -122,6 +123,16 @@ class Language:
                 self.call_patterns.clear()
             known = [p for p in self.patterns if p.call is not None and p.call.search(callee)]
             self.call_patterns[callee] = known
+        return known
+
+    def sinks_of(self, target: str) -> list[Sink]:
+        """Return the sinks that an assignment to `target` reaches; remembered as well."""
+        known = self.target_sinks.get(target)
+        if known is None:
+            if len(self.target_sinks) >= MAX_CALLEES:
+                self.target_sinks.clear()
+            known = [sink for sink in self.sinks if sink.assign is not None and sink.assign.search(target)]
+            self.target_sinks[target] = known
         return known
 
 
@@ -256,6 +267,8 @@ def _pattern(path: Path, given: dict[str, Any], weaknesses: dict[str, Any]) -> P
     entry = dict(given)
     rule = _rule(path, entry, weaknesses)
     match = _optional(path, entry.pop("match", None))
+    has = tuple(_compile(path, p) for p in _listed(entry.pop("has", [])))
+    file_has = _optional(path, entry.pop("file_has", None))
     made = Pattern(
         rule,
         _optional(path, entry.pop("call", None)),
@@ -264,11 +277,11 @@ def _pattern(path: Path, given: dict[str, Any], weaknesses: dict[str, Any]) -> P
         entry.pop("scope", "function"),
         _optional(path, entry.pop("args", None)),
         _optional(path, entry.pop("args_lack", None)),
-        tuple(_compile(path, p) for p in _listed(entry.pop("has", []))),
+        has,
         tuple(_compile(path, p) for p in _listed(entry.pop("lacks", []))),
-        _optional(path, entry.pop("file_has", None)),
+        file_has,
         _optional(path, entry.pop("file_lacks", None)),
-        required_words(match) if match is not None else (),
+        required_words(p for p in (match, file_has, *has) if p is not None),
         bool(entry.pop("unchecked", False)),
         entry.pop("greater", None),
         bool(entry.pop("nested", False)),
