@@ -287,7 +287,7 @@ CONTEXTS: tuple[Context, ...] = (
     Context(
         "command-line-password",
         ("-pass", "-token", "-secret", "-api-key", "-client-secret"),
-        r"\s--?(?:password|passwd|pass|token|secret|api-key|passphrase|client-secret)[ =][\"']?",
+        r"\s--?(?:password|passwd|pass|token|secret|api-key|passphrase|client-secret)[ =][\"']?(?!(?:id|type|src|source|env|target)=)",  # a build's `--secret id=`
         r"[^\s\"'`$|;<>{(]",
         6,
         "password",
