@@ -232,8 +232,9 @@ def main(argv: list[str] | None = None) -> int:
         key = kit.working_key(groups={"developers"})
         layout = pin(kit)
         bare, bare_port = start_bare(kit, layout["gateway"][0])
-        litellm = start_litellm(args.litellm, kit.state.parent, layout) if args.litellm else None
+        litellm = None
         try:
+            litellm = start_litellm(args.litellm, kit.state.parent, layout) if args.litellm else None
             result = uvloop.run(measure(kit, key, bare_port, args.seconds, litellm))
         finally:
             bare.kill()
