@@ -115,7 +115,7 @@ def _found_in(tree: Tree, rules: Language, name: str) -> list[Finding]:
     for callee, node, arguments in flow.calls:
         findings += [
             _finding(pattern.rule, node.start, node.end, name)
-            for pattern in rules.patterns_for(callee)
+            for pattern in rules.call_patterns[callee]
             if _call_fits(pattern, tree, node, arguments, functions, file_facts)
         ]
     return findings

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from server.guard.aliases import aliases_of
 from server.guard.parameters import BY_NAME, FUNCTIONS, SILENT, bound_parameters, function_name, parameters
-from server.guard.rules import ALL, BITS, MAX_CALLEES, Language, Rule, Sink
+from server.guard.rules import ALL, BITS, Language, Rule, Sink
 from server.guard.syntax import (
     ANSWERS,
     ARGUMENTS,
@@ -150,8 +150,7 @@ class Flow:
         if len(shapes) == 1 and shapes != {()}:
             every = [value.fields for value in self._returns if value.fields]
             fields = {name: union([one[name] for one in every]) for name in every[0]}
-            made = summary.returned
-            summary.returned = Value(made.roots, built=made.built, canonical=made.canonical, fields=fields)
+            summary.returned = summary.returned.with_fields(fields)
         for root, mask in self._answered.items():
             self._cleared[root] = self._cleared.get(root, 0) | mask
         summary.cleared = {root: mask for root, mask in self._cleared.items() if root in summary.roots}
@@ -239,7 +238,7 @@ class Flow:
                 fields[self._tree.text(kid)] = value
             elif kid.kind == "pair" and kid.kids:
                 fields[self._tree.text(kid.kids[0]).strip("\"'")] = value
-        return Value(whole.roots, built=whole.built, canonical=whole.canonical, fields=fields)
+        return whole.with_fields(fields)
 
     def _string(self, node: Node) -> Value:
         values = [self._visit(kid) for kid in node.kids if kid.kind in ("interpolation", "template_substitution")]
@@ -319,7 +318,7 @@ class Flow:
         every = [*positional, *named.values()]
         if callee not in self._functions:  # a function of this file is not the library's of the same name
             self.calls.append((callee, node, arguments))
-        is_source, is_weak, cleans, propagates, canonical, sinks = self._known(callee)
+        is_source, is_weak, cleans, propagates, canonical, sinks = self._language.called[callee]
         elements = union(positional) if callee == "Array.from" else receiver
         if is_source and callbacks:  # what a socket hands to a function
             elements = Value({"!" + callee: self._dangers(callee)})
@@ -463,7 +462,7 @@ class Flow:
             if not made.fields or not value.roots:
                 return value
             fields = {name: returned(part) for name, part in made.fields.items()}
-            return Value(value.roots, built=value.built, canonical=value.canonical, fields=fields)
+            return value.with_fields(fields)
 
         return returned(summary.returned)
 
@@ -503,27 +502,6 @@ class Flow:
         own = self._env.get(name)
         if own is not None:
             self._env[name] = union([own, given], built=given.built or match[2] in BUILDS)
-
-    def _known(self, callee: str) -> tuple[bool, bool, int, bool, bool, list[Sink]]:
-        language = self._language
-        known: tuple[bool, bool, int, bool, bool, list[Sink]] | None = language.callees.get(callee)
-        if known is None:
-            cleans = 0
-            for pattern, mask in language.sanitizers:
-                if pattern.search(callee):
-                    cleans |= mask
-            known = (
-                language.sources is not None and language.sources.search(callee + "(") is not None,
-                language.weak_sources is not None and language.weak_sources.search(callee + "(") is not None,
-                cleans,
-                language.propagators is not None and language.propagators.search(callee) is not None,
-                language.canonical is not None and language.canonical.search(callee) is not None,
-                [sink for sink in language.sinks if sink.call is not None and sink.call.search(callee)],
-            )
-            if len(language.callees) >= MAX_CALLEES:
-                language.callees.clear()
-            language.callees[callee] = known
-        return known
 
     def _callee(self, text: str) -> str:
         callee = squeezed(text)
@@ -607,11 +585,10 @@ class Flow:
         name = function_name(scope, self._tree)
         return name is not None and len(re.findall(rf"\b{re.escape(name)}\s*\(", self._tree.masked)) > 1
 
-    def _function_around(self, node: Node) -> Node | None:
-        scope: Node | None = node
-        while scope is not None and scope.kind not in FUNCTIONS:
-            scope = scope.parent
-        return scope
+    def _function_around(self, node: Node | None) -> Node | None:
+        while node is not None and node.kind not in FUNCTIONS:
+            node = node.parent
+        return node
 
     def _scope_text(self, node: Node) -> str:
         scope = self._function_around(node)
@@ -638,7 +615,7 @@ class Flow:
         value = self._alive(self._visit(right))  # what was checked here, stays checked where the ways meet again
         if right.kind == "argument_list" and node.parent is not None:  # C++: `std::ifstream in(path);` is a call too
             made = node.parent.field("type")
-            for sink in self._known(squeezed(self._tree.text(made)))[-1] if made is not None else ():
+            for sink in self._language.called[squeezed(self._tree.text(made))][-1] if made is not None else ():
                 self._check_call(sink, node, CLEAN, [self._visit(kid) for kid in right.kids], {})
         gap = self._tree.masked[left.end : right.start]
         if node.kind.startswith("augmented") or re.search(r"[+.|]=", gap):
@@ -655,7 +632,7 @@ class Flow:
             return union([self._visit(kid) for kid in node.kids])
         listing = declared.field("parameters")
         values = [self._env.get(self._tree.text(kid), CLEAN) for kid in listing.kids] if listing is not None else []
-        for sink in self._known(squeezed(self._tree.text(made)))[-1]:
+        for sink in self._language.called[squeezed(self._tree.text(made))][-1]:
             self._check_call(sink, node, CLEAN, values, {})
         return CLEAN
 
@@ -695,7 +672,7 @@ class Flow:
     def _check_target(self, target: str, value: Value, node: Node) -> None:
         if not value.roots:
             return
-        for sink in self._language.sinks_of(squeezed(target)):
+        for sink in self._language.assigned[squeezed(target)]:
             text = self._tree.text(node)
             if not (sink.when and not sink.when.search(text)) and not (sink.unless and sink.unless.search(text)):
                 self._check(sink, value, node)
@@ -704,9 +681,7 @@ class Flow:
         """What is returned is checked as `return`, and as `return:NAME` of its function."""
         if not value.roots:
             return
-        owner = node.parent
-        while owner is not None and owner.kind not in FUNCTIONS:
-            owner = owner.parent
+        owner = self._function_around(node.parent)
         if node.kind in ("return_statement", "yield", "throw_statement"):
             self._check_target("return", value, node)
         self._check_target(f"return:{function_name(owner, self._tree) if owner is not None else None}", value, node)
@@ -878,7 +853,7 @@ class Flow:
         value = union(values)
         if len(values) > 1:  # `return sql, arguments`: a tuple's places are its fields
             fields = {str(place): part for place, part in enumerate(values)}
-            value = Value(value.roots, built=value.built, canonical=value.canonical, fields=fields)
+            value = value.with_fields(fields)
         if value.roots:
             self._returns.append(self._alive(value))
             self._check_return(value, node)

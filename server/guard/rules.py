@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
@@ -16,6 +16,10 @@ from server.errors import ConfigError
 from server.guard.bounds import bounded
 from server.guard.literals import Needs, required_words
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
 # What a tainted value may be dangerous for; a sanitizer takes some of these away.
 DANGERS = (
     "command", "sql", "code", "path", "html", "url", "redirect", "ldap", "xpath", "log", "regex", "deserialize", "format", "header",
@@ -23,7 +27,7 @@ DANGERS = (
 )  # fmt: skip
 BITS = {name: 1 << i for i, name in enumerate(DANGERS)}
 ALL = (1 << len(DANGERS)) - 1 & ~BITS["random"]  # input is not random, and no check of its form makes it so
-MAX_CALLEES = 20_000
+MAX_NAMES = 20_000
 _SEVERITIES = frozenset({"low", "medium", "high", "critical"})
 
 
@@ -91,6 +95,25 @@ class Pattern:
     foreign: bool
 
 
+# Whether it is a source or a weak one, what it cleans, whether it hands on or makes canonical, and its sinks.
+Called = tuple[bool, bool, int, bool, bool, list[Sink]]
+
+
+class Remembered(dict[str, T]):
+    """What was found for each name; bounded, for code calls the same names over and over, and hostile code new ones."""
+
+    def __init__(self, find: Callable[[str], T]) -> None:
+        super().__init__()
+        self._find = find
+
+    def __missing__(self, name: str) -> T:
+        """Find it, and keep it."""
+        if len(self) >= MAX_NAMES:
+            self.clear()
+        found = self[name] = self._find(name)
+        return found
+
+
 @dataclass(slots=True)
 class Language:
     """Everything known of one language."""
@@ -111,29 +134,33 @@ class Language:
     propagators: re.Pattern[str] | None = None
     sinks: list[Sink] = field(default_factory=list)
     patterns: list[Pattern] = field(default_factory=list)
-    callees: dict[str, Any] = field(default_factory=dict)
-    call_patterns: dict[str, list[Pattern]] = field(default_factory=dict)
-    target_sinks: dict[str, list[Sink]] = field(default_factory=dict)
+    called: Remembered[Called] = field(init=False)
+    call_patterns: Remembered[list[Pattern]] = field(init=False)
+    assigned: Remembered[list[Sink]] = field(init=False)
 
-    def patterns_for(self, callee: str) -> list[Pattern]:
-        """Return the call patterns that fit `callee`; remembered, for code calls the same names over and over."""
-        known = self.call_patterns.get(callee)
-        if known is None:
-            if len(self.call_patterns) >= MAX_CALLEES:
-                self.call_patterns.clear()
-            known = [p for p in self.patterns if p.call is not None and p.call.search(callee)]
-            self.call_patterns[callee] = known
-        return known
+    def __post_init__(self) -> None:
+        """Let names be looked up: `called` and `call_patterns` by callee, `assigned` by the target of an assignment."""
+        self.called = Remembered(self._find_called)
+        self.call_patterns = Remembered(
+            lambda callee: [p for p in self.patterns if p.call is not None and p.call.search(callee)]
+        )
+        self.assigned = Remembered(
+            lambda target: [sink for sink in self.sinks if sink.assign is not None and sink.assign.search(target)]
+        )
 
-    def sinks_of(self, target: str) -> list[Sink]:
-        """Return the sinks that an assignment to `target` reaches; remembered as well."""
-        known = self.target_sinks.get(target)
-        if known is None:
-            if len(self.target_sinks) >= MAX_CALLEES:
-                self.target_sinks.clear()
-            known = [sink for sink in self.sinks if sink.assign is not None and sink.assign.search(target)]
-            self.target_sinks[target] = known
-        return known
+    def _find_called(self, callee: str) -> Called:
+        cleans = 0
+        for pattern, mask in self.sanitizers:
+            if pattern.search(callee):
+                cleans |= mask
+        return (
+            self.sources is not None and self.sources.search(callee + "(") is not None,
+            self.weak_sources is not None and self.weak_sources.search(callee + "(") is not None,
+            cleans,
+            self.propagators is not None and self.propagators.search(callee) is not None,
+            self.canonical is not None and self.canonical.search(callee) is not None,
+            [sink for sink in self.sinks if sink.call is not None and sink.call.search(callee)],
+        )
 
 
 def rules_folder() -> Path:

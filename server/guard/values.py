@@ -32,15 +32,21 @@ class Value:
     def without(self, mask: int) -> Value:
         """Return the value after a sanitizer took `mask` away."""
         fields = self.fields and {name: value.without(mask) for name, value in self.fields.items()}
-        return Value({r: m & ~mask for r, m in self.roots.items() if m & ~mask}, built=self.built, fields=fields)
+        return Value(self._roots_without(mask), built=self.built, fields=fields)
+
+    def with_fields(self, fields: dict[str, Value] | None) -> Value:
+        """Return the same value with `fields` known of it."""
+        return Value(self.roots, built=self.built, canonical=self.canonical, fields=fields)
 
     def part(self, name: str, mask: int) -> Value:
         """Return what is in a field; of an object of which no fields are known, the object without `mask`."""
         known = self.fields.get(name) if self.fields else None
         if known is not None:
             return known
-        roots = {r: m & ~mask for r, m in self.roots.items() if m & ~mask}
-        return Value(roots, built=self.built, canonical=self.canonical)
+        return Value(self._roots_without(mask), built=self.built, canonical=self.canonical)
+
+    def _roots_without(self, mask: int) -> dict[str, int]:
+        return {r: m & ~mask for r, m in self.roots.items() if m & ~mask}
 
 
 CLEAN = Value()
