@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 import yaml
 
 from benchmarks.gateway.kit import free_port
+from benchmarks.orderly import end_orderly
 from server.bootstrap import read_env
 from server.engine.local import engine_paths
 from server.settings import load_settings
@@ -30,12 +30,6 @@ DEFAULT_CONFIG = ROOT / "configs" / "strongroom.yaml"
 
 class NotServedError(Exception):
     """The server did not start; the message has the end of its log."""
-
-
-def _end_orderly() -> None:
-    """Let SIGTERM unwind this process, so that no server is left behind."""
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 @dataclass
@@ -95,7 +89,7 @@ class Served:
         """
         self.state.mkdir(mode=0o700, parents=True, exist_ok=True)
         config = self.write_config()
-        _end_orderly()
+        end_orderly()
         self.port = free_port()
         command = [sys.executable, "-m", "server.cli", "serve", "--config", str(config), "--state", str(self.state)]
         command += ["--port", str(self.port), "--admin-port", str(free_port())]

@@ -7,10 +7,9 @@ import importlib
 import importlib.util
 import io
 import runpy
-import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from typing_extensions import override
 
@@ -18,7 +17,6 @@ from server.errors import ConfigError
 
 if TYPE_CHECKING:
     import argparse
-    from types import FrameType
 
 HELP = "Measure one part of Strongroom beside its baseline; arguments after the name go to the benchmark."
 EPILOG = "Example: strongroom bench gateway --seconds 5 --json gateway.json"
@@ -68,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("benchmarks") is None:
         raise ConfigError("The benchmarks are not installed here; run this in a clone of the repository.")
     sys.argv = [f"strongroom bench {args.name}", *args.arguments]
-    signal.signal(signal.SIGTERM, _stop)  # or the servers that the benchmark started would outlive it
+    importlib.import_module("benchmarks.orderly").end_orderly()
     printed = _Copy(sys.stdout)
     with contextlib.redirect_stdout(printed) if args.result else contextlib.nullcontext():
         code = _run(module)
@@ -91,10 +89,6 @@ def _run(module: str) -> int:
             print(stop.code, file=sys.stderr)
         return stop.code if isinstance(stop.code, int) else 1 if stop.code else 0
     return 0
-
-
-def _stop(signum: int, _: FrameType | None) -> NoReturn:
-    sys.exit(128 + signum)
 
 
 class _Copy(io.TextIOBase):
