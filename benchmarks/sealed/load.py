@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import platform
+import random
 import shutil
 import statistics
 import subprocess
@@ -166,8 +167,9 @@ def measure(model: dict[str, Any], rounds: int, max_threads: int, *, cold: bool)
     loads = list(variants(max_threads, cold=cold).items())
     seconds: dict[str, dict[str, list[float]]] = {kind: {name: [] for name, _ in loads} for kind in KINDS}
     for turn in range(rounds + 1):
-        # Another one is first each round: it may be who touches memory that a hypervisor had taken back.
-        for name, load in loads[turn % len(loads) :] + loads[: turn % len(loads)]:
+        # In another order each round: the first may be who touches memory that a hypervisor had taken back, and who
+        # comes after a load in large pages finds them ready.
+        for name, load in random.Random(turn).sample(loads, len(loads)):
             for kind in KINDS:
                 if kind == "used":
                     params = used
