@@ -1,6 +1,8 @@
-"""Time that vLLM spends in `load_weights`, sealed against plain safetensors, in turn in one process.
+"""Time that vLLM spends in `load_weights`, sealed against plain safetensors, each load in a process of its own.
 
-`python -m benchmarks.sealed.in_vllm`: the embedded model through vLLM's own model classes; all parameters are compared.
+`python -m benchmarks.sealed.in_vllm`: the embedded model through vLLM's own model classes, in turn. An engine loads
+once, into memory that nobody has touched; a second load in a process finds the first one's. Before that both are
+loaded in one process and all parameters compared.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
@@ -26,7 +29,7 @@ from server.sealed.signature import LocalSigner, TrustedSigner, create_signing_k
 from server.sealed.unseal import unseal
 
 
-def make_job(folder: Path, method: str, rounds: int) -> dict[str, object]:
+def make_job(folder: Path, method: str) -> dict[str, object]:
     """Seal the embedded model and lay its plain twin beside it."""
     key, pem = folder / f"{method}.key", folder / f"{method}.pem"
     create_key_file(key)
@@ -53,42 +56,60 @@ def make_job(folder: Path, method: str, rounds: int) -> dict[str, object]:
     public.write_bytes(signer.public_key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
     return {
         "name": method, "plain": str(plain), "sealed": str(sealed), "key": str(key), "signer": str(public),
-        "rounds": rounds,
     }  # fmt: skip
 
 
+def run(folder: Path, job: dict[str, object]) -> dict[str, Any]:
+    """Run one job in a new process and return what it tells."""
+    (folder / "jobs.json").write_text(json.dumps([job]))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.engine.sealed_loading", str(folder / "jobs.json")],
+        capture_output=True, text=True, check=False,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"},
+    )  # fmt: skip
+    told = [line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if not told:
+        raise RuntimeError(done.stderr[-3000:])
+    result: dict[str, Any] = json.loads(told[0])
+    return result
+
+
+def ratios(method: str, seconds: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    """Return and print the median of the rounds' ratios, for all weights and by what becomes of them."""
+    found = {}
+    for kind in ("all", "whole", "fused"):
+        sealed, plain = ([turn[kind] for turn in seconds[way]] for way in ("sealed", "plain"))
+        if not all(plain):
+            continue  # this loader does not tell them apart
+        found[kind] = statistics.median(s / p for s, p in zip(sealed, plain, strict=True))
+        print(
+            f"{method}, {kind}: plain {statistics.median(plain) * 1000:.1f} ms, "
+            f"sealed {statistics.median(sealed) * 1000:.1f} ms, {found[kind]:.3f} of plain"
+        )
+    return {"sealed_of_plain": found}
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Measure and print the ratio; the first round is dropped."""
+    """Measure and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--method", action="append", help="bf16 (default), or a method of quantize")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.set_defaults(threads=os.cpu_count(), cold=False)
     args = parser.parse_args(argv)
+    rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        jobs = [make_job(Path(scratch), method, args.rounds + 1) for method in args.method or ["bf16"]]
-        Path(scratch, "jobs.json").write_text(json.dumps(jobs))
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.engine.sealed_loading", str(Path(scratch, "jobs.json"))],
-            capture_output=True, text=True, check=False,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"},
-        )  # fmt: skip
-    rows = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if len(rows) != len(jobs):
-        print(done.stderr[-3000:], file=sys.stderr)
-        return 1
-    for row in rows:
-        row["sealed_of_plain"] = {}
-        for kind in ("all", "whole", "fused"):
-            sealed, plain = ([turn[kind] for turn in row[f"{way}_s"][1:]] for way in ("sealed", "plain"))
-            if not all(plain):
-                continue  # this loader does not tell them apart
-            row["sealed_of_plain"][kind] = statistics.median(s / p for s, p in zip(sealed, plain, strict=True))
-            print(
-                f"{row['name']}, {kind}: plain {statistics.median(plain) * 1000:.1f} ms, "
-                f"sealed {statistics.median(sealed) * 1000:.1f} ms, {row['sealed_of_plain'][kind]:.3f} of plain"
-            )
-        print(f"{row['name']}: {row['num_parameters']} parameters equal: {row['equal']}")
+        for method in args.method or ["bf16"]:
+            job = make_job(Path(scratch), method)
+            both = run(Path(scratch), job)
+            row = {"name": method, "num_parameters": both["num_parameters"], "equal": both["equal"]}
+            print(f"{method}: {row['num_parameters']} parameters equal: {row['equal']}", flush=True)
+            seconds: dict[str, list[dict[str, float]]] = {"plain": [], "sealed": []}
+            for turn in range(args.rounds):
+                for way in ("sealed", "plain") if turn % 2 == 0 else ("plain", "sealed"):
+                    seconds[way] += run(Path(scratch), job | {"ways": [way]})[f"{way}_s"]
+                print(f"round {turn + 1} of {args.rounds}", end="\r", flush=True)
+            rows.append(row | {f"{way}_s": values for way, values in seconds.items()} | ratios(method, seconds))
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "sealed-in-vllm.json").write_text(json.dumps({"setting": setting(args), "rows": rows}, indent=1) + "\n")
     return 0

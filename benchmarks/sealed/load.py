@@ -32,10 +32,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from safetensors.torch import load_file, save_file
 
 from benchmarks.sealed.picture import bars
-from server.engine.vllm.lazy import DTYPES, SealedTensor
+from server.engine.vllm.lazy import DTYPES, SealedTensor, storages
 from server.sealed.agent import KeyAgent
 from server.sealed.format import Suite
 from server.sealed.kms.local import LocalKMS, create_key_file
+from server.sealed.populate import Populated
 from server.sealed.seal import seal_model
 from server.sealed.shard import ShardReader
 from server.sealed.signature import LocalSigner, TrustedSigner
@@ -93,7 +94,7 @@ def sealed_loader(suite: Suite, threads: int) -> Callable[[dict[str, Any], dict[
         )
         release = agent.release(path)
         pool = ThreadPoolExecutor(threads - 1) if threads > 1 else None
-        with release.data_key as data_key:
+        with release.data_key as data_key, Populated(storages(params.values()), pool):
             for shard in release.model.weights:
                 with ShardReader(
                     path, shard, release.model.core, data_key.reveal(), pool=pool, threads=threads

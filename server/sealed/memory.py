@@ -17,6 +17,8 @@ _MCL_CURRENT: Final = 1
 _MCL_FUTURE: Final = 2
 _MCL_ONFAULT: Final = 4
 _MADV_HUGEPAGE: Final = 14
+_MADV_NOHUGEPAGE: Final = 15
+_MADV_POPULATE_WRITE: Final = 23
 HUGE_PAGE_BYTES: Final = 2 << 20
 _COREDUMP_FILTER: Final = Path("/proc/self/coredump_filter")
 _SWAPS: Final = Path("/proc/swaps")
@@ -56,16 +58,28 @@ def forbid_swap(swaps: Path = _SWAPS) -> None:
         )
 
 
-def advise_huge_pages(address: int, num_bytes: int) -> None:
-    """Ask for large pages where memory is touched for the first time: small ones cost more than decrypting into them.
+def advise_huge_pages(address: int, num_bytes: int, *, wanted: bool = True) -> None:
+    """Ask for large pages where memory is touched for the first time, or no longer ask for them.
 
     Only whole large pages inside the range are meant, so no more memory is used than without. A hint: a kernel that
     has no such pages, or none left, says so or gives small ones, and nothing is different but the time.
     """
-    first = -(-address // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
-    end = (address + num_bytes) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
+    _advise(address, num_bytes, HUGE_PAGE_BYTES, _MADV_HUGEPAGE if wanted else _MADV_NOHUGEPAGE)
+
+
+def populate(address: int, num_bytes: int) -> None:
+    """Make the pages inside a range present and writable, as a first write to each would; what they hold stays.
+
+    A hint as well: what it does not do is done when they are written to.
+    """
+    _advise(address, num_bytes, resource.getpagesize(), _MADV_POPULATE_WRITE)
+
+
+def _advise(address: int, num_bytes: int, page_bytes: int, advice: int) -> None:
+    first = -(-address // page_bytes) * page_bytes
+    end = (address + num_bytes) // page_bytes * page_bytes
     if first < end:
-        _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), _MADV_HUGEPAGE)
+        _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), advice)
 
 
 def is_memory_backed(path: Path, *, swaps: Path = _SWAPS, mounts: Path = _MOUNTS) -> bool:

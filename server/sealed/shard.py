@@ -329,7 +329,8 @@ class ShardReader:
         helpers = min(self._threads, len(pieces)) - 1
         futures = [self._pool.submit(open_remaining) for _ in range(helpers)] if self._pool is not None else []
         open_remaining()
-        wait(futures)  # before anything is zeroed: no thread may write to `destination` afterwards
+        # No thread may write to `destination` once it is zeroed. Who has not begun has nothing left to do.
+        wait([future for future in futures if not future.cancel()])
         if errors:
             destination[:] = bytes(len(destination))
             raise errors[0]

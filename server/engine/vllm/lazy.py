@@ -9,10 +9,8 @@ import torch
 from torch.utils._pytree import tree_map
 from typing_extensions import override
 
-from server.sealed.memory import advise_huge_pages
-
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from server.engine.vllm.device_open import DeviceOpener
     from server.sealed.shard import ShardReader
@@ -127,10 +125,6 @@ class SealedTensor(torch.Tensor):
         is_on_device = self.is_opened_on(destination.device)
         is_same = destination.dtype == layout.dtype and destination.is_contiguous() and layout.is_contiguous()
         if is_same and (is_on_device or destination.device.type == "cpu"):
-            if not is_on_device:
-                # Of the whole storage: parts of a fused parameter are often smaller than a large page.
-                storage = destination.untyped_storage()
-                advise_huge_pages(storage.data_ptr(), storage.nbytes())
             self._open(as_bytes(destination), layout)
             return
         limit_bytes = DEVICE_SCRATCH_BYTES if is_on_device else HOST_SCRATCH_BYTES
@@ -196,6 +190,16 @@ class _WipedMemory(numpy.ndarray[Any, Any]):
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """Return a contiguous tensor's own memory as bytes."""
     return tensor.detach().reshape(-1).view(torch.uint8)
+
+
+def storages(tensors: Iterable[torch.Tensor]) -> list[tuple[int, int]]:
+    """Return (address, bytes) of the host memory behind tensors, each piece once, in their order."""
+    found = {}
+    for tensor in tensors:
+        if tensor.device.type == "cpu":
+            storage = tensor.detach().untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return list(found.items())
 
 
 def new_scratch(num_elements: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

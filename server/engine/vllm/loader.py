@@ -42,6 +42,6 @@ class StrongroomLoader(DefaultModelLoader):
         if getattr(model, "secondary_weights", ()):
             raise StartError("This model wants weights of a second model; a sealed model holds one.")
         self.counter_before_loading_weights = time.perf_counter()
-        for name, tensor in self._weights.tensors(model_config.model):
+        for name, tensor in self._weights.tensors(model_config.model, into=model.parameters()):
             if not should_skip_weight(name, self.local_expert_ids):
                 yield name, tensor if self._weights.lazy else tensor.decrypt()

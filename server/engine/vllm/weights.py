@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from server.engine.vllm.device_open import Mode, new_opener
-from server.engine.vllm.lazy import DTYPES, SealedTensor
+from server.engine.vllm.lazy import DTYPES, SealedTensor, storages
 from server.errors import KMSDeniedError, SealError, StartError
 from server.sealed.agent import (
     ERROR_PREFIX,
@@ -26,11 +26,14 @@ from server.sealed.envelope import verify_key_check
 from server.sealed.kms.base import DATA_KEY_BYTES, DataKey
 from server.sealed.memory import forbid_core_dumps, forbid_swap
 from server.sealed.model import open_pinned
+from server.sealed.populate import Populated
 from server.sealed.shard import ShardReader
 from server.sealed.stage import read_files, verify_staged
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Iterable
+
+    import torch
 
 logger = logging.getLogger("strongroom.loader")
 
@@ -93,8 +96,12 @@ class SealedWeights:
             self._close()
             channel.close()
 
-    def tensors(self, folder: str) -> Generator[tuple[str, SealedTensor]]:
+    def tensors(self, folder: str, *, into: Iterable[torch.Tensor] = ()) -> Generator[tuple[str, SealedTensor]]:
         """Yield every tensor by name, sealed still. May be called again within one load; the key is fetched once.
+
+        Args:
+            folder: The engine's model path.
+            into: What they will be copied into: its memory is made ready meanwhile.
 
         Raises:
             SealError: The folder is not what the key agent verified, or an index does not open.
@@ -102,9 +109,13 @@ class SealedWeights:
         """
         if not self._readers:
             self._open(Path(self._folder or folder), staged=Path(folder) if self._folder else None)
-        for reader in self._readers:
-            for entry in reader.index.entries:
-                yield entry.name, SealedTensor(reader, entry.name, 0, entry.shape, DTYPES[entry.dtype], self._opener)
+        with Populated(storages(into), self._pool):
+            for reader in self._readers:
+                for entry in reader.index.entries:
+                    yield (
+                        entry.name,
+                        SealedTensor(reader, entry.name, 0, entry.shape, DTYPES[entry.dtype], self._opener),
+                    )
 
     def _open(self, folder: Path, *, staged: Path | None) -> None:
         if self._channel is None:

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from server.engine.vllm import lazy
-from server.engine.vllm.lazy import SealedTensor
+from server.engine.vllm.lazy import SealedTensor, storages
 from server.errors import SealError
-from server.sealed import memory
 from server.sealed.agent import KeyAgent
 from server.sealed.shard import ShardReader
 from server.sealed.source import MemoryShard, prepare
@@ -21,8 +20,6 @@ from tests.unit.sealed.workshop import CHUNK_BYTES, Workshop, open_workshop, pla
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
-
-MIB = 1 << 20
 
 
 @contextmanager
@@ -300,45 +297,7 @@ def test_repr_holds_no_weights(sealed: SealedTensor) -> None:
     assert repr(sealed) == "SealedTensor(shape=(300, 256), dtype=torch.bfloat16)"
 
 
-def test_new_memory_is_asked_for_in_large_pages_for_the_whole_parameter_at_once(
-    sealed: SealedTensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[tuple[int, int]] = []
-    monkeypatch.setattr(lazy, "advise_huge_pages", lambda address, num_bytes: asked.append((address, num_bytes)))
-    fused = torch.empty(20, 300, 256, dtype=torch.bfloat16)
-    fused[7].copy_(sealed)
-    assert asked == [(fused.data_ptr(), fused.numel() * 2)]
-
-
-@pytest.mark.parametrize(
-    ("address", "num_bytes", "expected"),
-    [
-        (2 * MIB, 4 * MIB, [(2 * MIB, 4 * MIB)]),
-        (2 * MIB + 64, 4 * MIB, [(4 * MIB, 2 * MIB)]),
-        (2 * MIB - 64, 6 * MIB, [(2 * MIB, 4 * MIB)]),
-        (2 * MIB + 64, 2 * MIB, []),
-        (2 * MIB, 2 * MIB - 1, []),
-        (2 * MIB, 0, []),
-    ],
-)
-def test_only_whole_large_pages_inside_a_range_are_advised(
-    address: int, num_bytes: int, expected: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[tuple[int, int]] = []
-
-    class Libc:
-        @staticmethod
-        def madvise(first: Any, length: Any, advice: int) -> int:
-            assert advice == 14  # MADV_HUGEPAGE
-            asked.append((first.value, length.value))
-            return -1  # refused: no more than a hint
-
-    monkeypatch.setattr(memory, "_libc", Libc)
-    memory.advise_huge_pages(address, num_bytes)
-    assert asked == expected
-
-
-def test_large_pages_leave_what_was_written_alone() -> None:
-    tensor = torch.arange(2 * MIB, dtype=torch.int32)
-    memory.advise_huge_pages(tensor.data_ptr(), tensor.numel() * 4)
-    assert torch.equal(tensor, torch.arange(2 * MIB, dtype=torch.int32))
+def test_memory_behind_parameters_is_told_once_and_in_their_order() -> None:
+    first, second = torch.empty(10), torch.empty(4, 4)
+    parts = [first, second[:2], second[2:], torch.empty(3, device="meta")]
+    assert storages(parts) == [(first.data_ptr(), 40), (second.data_ptr(), 64)]
