@@ -32,6 +32,16 @@ _STRING_BODIES = frozenset(
         "heredoc_content", "char_literal", "character_literal", "ansi_c_string", "regex_pattern", "raw_string_content",
     }
 )  # fmt: skip
+# Kinds that have nothing below them in any grammar: most nodes are one of these, and asking costs as much as reading one.
+_LEAVES = frozenset(
+    {
+        "identifier", "type_identifier", "field_identifier", "property_identifier", "namespace_identifier", "package_identifier", "statement_identifier",
+        "shorthand_property_identifier", "shorthand_property_identifier_pattern", "variable_name", "special_variable_name", "primitive_type", "predefined_type",
+        "integral_type", "number", "integer", "float", "number_literal", "int_literal", "float_literal", "decimal_integer_literal", "numeric_lit", "this", "self", "super",
+        "true", "false", "null", "nil", "none", "string_start", "string_end", "quoted_template_start", "quoted_template_end", "block_start", "block_end",
+        "type_qualifier", "string_fragment", "escape_sequence", "interpreted_string_literal_content", "system_lib_string", "character", "template_literal",
+    }
+)  # fmt: skip
 MAX_DEPTH = 220
 _ENUMERATIONS = re.compile(r"\benum\s+(?:class\s+|struct\s+)?(\w+)|^[ \t]*class\s+(\w+)\([^)\n]*Enum\b", re.MULTILINE)
 
@@ -100,6 +110,8 @@ class Tree:
         node = Node(sg, kind, span.start.index, span.end.index, parent)
         if depth > MAX_DEPTH:
             raise RecursionError
+        if kind in _LEAVES:
+            return node
         for child in sg.named_children():
             kind = child.kind()
             if kind in _COMMENTS:
