@@ -63,13 +63,18 @@ class FailureThrottle:
         if len(self._buckets) > MAX_ADDRESSES:
             self._buckets.popitem(last=False)
 
-    def take_suppressed(self) -> dict[str, int]:
-        """Return how many failures came after an address was told to wait, by address, since the last call.
+    def suppressed(self) -> dict[str, int]:
+        """Return how many failures came after an address was told to wait, by address, that are not reported yet.
 
         Addresses beyond `MAX_REPORTED` are counted together, as `OTHERS`.
         """
-        taken, self._suppressed = self._suppressed, {}
-        return taken
+        return dict(self._suppressed)
+
+    def reported(self, named: str, num_failures: int) -> None:
+        """Take what is on record from what `suppressed` returns."""
+        left = self._suppressed.pop(named, 0) - num_failures
+        if left > 0:
+            self._suppressed[named] = left
 
     def _left(self, bucket: tuple[float, float]) -> float:
         left, at_s = bucket
@@ -91,11 +96,12 @@ async def report_suppressed(
     while True:
         await asyncio.sleep(interval_s)
         for reason, throttle in throttles.items():
-            for network, num in throttle.take_suppressed().items():
+            for network, num in throttle.suppressed().items():
                 try:
                     await record("gateway:credential:refused", reason=reason, address=network, num_failures=num)
                 except AuditUnavailableError:
-                    break  # the log is down, and nothing else is answered either
+                    break  # the log is down, and nothing else is answered either; it gets this sum later
+                throttle.reported(network, num)
 
 
 def _network(address: str) -> str:

@@ -15,7 +15,7 @@ from server.auth.throttle import (
     keyless_throttle,
     report_suppressed,
 )
-from server.errors import AuthenticationError, ThrottledError, UnavailableError
+from server.errors import AuditUnavailableError, AuthenticationError, ThrottledError, UnavailableError
 from server.store.incidents import Incident, Quarantine, Quarantined
 from server.store.keys import KeyRow
 from server.types import Client, Credentials, Principal, Secret, SubjectId, TenantId
@@ -190,7 +190,7 @@ def test_addresses_beyond_the_bound_are_summed_together():
     for number in range(MAX_REPORTED + 7):
         for _ in range(2):
             throttle.fail(f"10.0.{number >> 8}.{number & 255}")
-    taken = throttle.take_suppressed()
+    taken = throttle.suppressed()
     assert taken[OTHERS] == 7
     assert sum(taken.values()) == MAX_REPORTED + 7
 
@@ -203,15 +203,33 @@ async def test_failures_turned_away_unseen_are_put_on_record_in_sums():
     log = []
     reported = asyncio.Event()
 
+    is_down = 3
+
     async def record(event, **fields):
+        nonlocal is_down
+        if is_down:
+            is_down -= 1
+            world.throttle.fail("10.0.0.1")  # more come while the log is down
+            raise AuditUnavailableError("the disk is full")
         log.append((event, fields))
         reported.set()
 
     task = asyncio.create_task(report_suppressed({"throttled": world.throttle}, record, interval_s=0.001))
     await asyncio.wait_for(reported.wait(), 5)
+    await asyncio.sleep(0.01)
     task.cancel()
-    assert log == [("gateway:credential:refused", {"reason": "throttled", "address": "10.0.0.1", "num_failures": 7})]
-    assert world.throttle.take_suppressed() == {}
+    assert log == [("gateway:credential:refused", {"reason": "throttled", "address": "10.0.0.1", "num_failures": 10})]
+    assert world.throttle.suppressed() == {}
+
+
+def test_failures_that_come_while_a_sum_is_put_on_record_stay_for_the_next():
+    throttle = FailureThrottle(burst=1, refill_s=1e9, clock=lambda: 0.0)
+    for _ in range(4):
+        throttle.fail("10.0.0.1")
+    (taken,) = throttle.suppressed().values()
+    throttle.fail("10.0.0.1")
+    throttle.reported("10.0.0.1", taken)
+    assert throttle.suppressed() == {"10.0.0.1": 1}
 
 
 async def test_whoever_is_served_is_served_no_more_once_revocations_may_have_been_missed():
