@@ -12,7 +12,7 @@ says that it is no input: it is followed for what a caller gives, and is no find
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from server.guard.aliases import aliases_of
@@ -60,6 +60,7 @@ _HELD = re.compile(
 )
 _LISTS = frozenset({"expression_list", "tuple", "array", "list"})
 _LOOKS_UP = re.compile(r"\(\s*(?:this\.)?\w+::(?:get|getOrDefault|contains|containsKey)\s*\)")
+_BLANKS = re.compile(r"\s+")
 _TEXT = re.compile(r"\bchar\b|string")
 _SCHEME = re.compile(r"\.(?:[sS]cheme|[pP]rotocol|get(?:Scheme|Protocol)\(\)|[pP]ort|getPort\(\)|username|password)$")
 
@@ -335,9 +336,8 @@ class Flow:
             harmless = self._language.harmless_sources
             if harmless is not None and harmless.search(tree.text(node)):
                 return CLEAN
-            return Value({("!" if is_source else "~") + text: self._dangers(text) if is_source else ALL}).without(
-                cleans
-            )
+            root = ("!" if is_source else "~") + _BLANKS.sub("", tree.text(node))  # each field it was asked for is one
+            return Value({root: self._dangers(text) if is_source else ALL}).without(cleans)
         local = self._functions.get(re.split(r"\.|::|->", callee)[-1].removeprefix("new "))
         if local is not None and local.start in self._summaries and self._summaries[local.start] is None:
             local = None  # within itself: `root.resolve(name)` in a `resolve` of ours is the library's
@@ -549,7 +549,7 @@ class Flow:
         if not strong and (
             silent or sink.strong or (sink.built and not value.built) or self._is_only_called_here(node, alive)
         ):
-            self._wait(alive, sink, node)
+            self._wait(alive, replace(sink, built=False) if value.built else sink, node)  # built here, if not by the caller
             return
         self._emit(sink.rule, node)
 
@@ -805,7 +805,7 @@ class Flow:
 
     def _loop(self, node: Node) -> Value:
         left, right, body = (
-            node.field("left") or node.field("name"),
+            node.field("left") or node.field("name") or self._each(node),
             node.field("right") or node.field("value"),
             node.field("body"),
         )
@@ -827,6 +827,16 @@ class Flow:
                 self._visit(kid)
         self._env = joined(before, self._env)
         return CLEAN
+
+    def _each(self, node: Node) -> Node | None:
+        """C++: what `for (auto& x : all)` names; a text that is gone through letter by letter is being cleaned, mostly."""
+        kind = node.field("type")
+        if kind is None or self._tree.text(kind).endswith("char"):
+            return None
+        declared = node.field("declarator")
+        while declared is not None and declared.kind not in NAMES and declared.kids:
+            declared = declared.kids[-1]
+        return None if declared is not None and self._tree.text(declared) in ("c", "ch", "b") else declared
 
     def _comprehension(self, node: Node) -> Value:
         saved = dict(self._env)
