@@ -549,7 +549,9 @@ class Flow:
         if not strong and (
             silent or sink.strong or (sink.built and not value.built) or self._is_only_called_here(node, alive)
         ):
-            self._wait(alive, replace(sink, built=False) if value.built else sink, node)  # built here, if not by the caller
+            self._wait(
+                alive, replace(sink, built=False) if value.built else sink, node
+            )  # built here, if not by the caller
             return
         self._emit(sink.rule, node)
 
