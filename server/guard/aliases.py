@@ -34,6 +34,8 @@ def aliases_of(tree: Tree) -> dict[str, str]:
                 name, _, alias = part.strip().partition(" as ")
                 if alias:
                     aliases[alias.strip()] = name.strip()
+                elif name:  # a call of it is none of a function of this file
+                    aliases[name.split(".")[0]] = name.split(".")[0]
         for match in _PY_FROM.finditer(code):
             for part in (match[2] or match[3]).split(","):
                 name, _, alias = part.strip().partition(" as ")

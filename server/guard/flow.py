@@ -32,7 +32,9 @@ from server.guard.syntax import (
     ESCAPES_LDAP,
     ESCAPES_REGEX,
     FORMATS,
+    HOLES,
     JOINS_PATHS,
+    LITERALS,
     MAPS,
     MEMBERS,
     NAMES,
@@ -61,6 +63,7 @@ _HELD = re.compile(
 _LISTS = frozenset({"expression_list", "tuple", "array", "list"})
 _LOOKS_UP = re.compile(r"\(\s*(?:this\.)?\w+::(?:get|getOrDefault|contains|containsKey)\s*\)")
 _BLANKS = re.compile(r"\s+")
+_HEAD = re.compile(r"\w+")
 _TEXT = re.compile(r"\bchar\b|string")
 _SCHEME = re.compile(r"\.(?:[sS]cheme|[pP]rotocol|get(?:Scheme|Protocol)\(\)|[pP]ort|getPort\(\)|username|password)$")
 
@@ -91,6 +94,9 @@ class Flow:
         self._summaries: dict[int, Summary | None] = {}
         self._pending: dict[tuple[str, str, int], tuple[str, Sink, Node]] = {}
         self._answered: dict[str, int] = {}
+        self._doubted: dict[tuple[str, int], tuple[Sink, Node, list[str]]] = {}
+        self._given: dict[tuple[str, int], set[str]] = {}
+        self._puts: dict[str, Node] = {}
         self._aliases = aliases_of(tree)
         self._file_sources = [match for has, match in language.file_sources if has.search(tree.code)]
         self.calls: list[tuple[str, Node, Node | None]] = []
@@ -103,6 +109,9 @@ class Flow:
                 if name:
                     self._functions.setdefault(name, node)
         self._visit(self._tree.root)
+        for sink, node, roots in self._doubted.values():
+            if self._may_come(roots, sink.danger):
+                self._emit(sink.rule, node)
         return list(self._found.values())
 
     # --- walking -------------------------------------------------------------------------------------------------
@@ -133,9 +142,9 @@ class Flow:
             slot += not (apart and text == before)
             before = text
             summary.slots.append((slot, apart))
-        outer = self._env, self._cleared, self._returns, self._pending, self._answered
+        outer = self._env, self._cleared, self._returns, self._pending, self._answered, self._puts
         self._env, self._cleared, self._returns, self._pending = dict(self._env), dict(self._cleared), [], {}
-        self._answered = {}
+        self._answered, self._puts = {}, {}
         self._env.update(params)
         body = node.field("body") or (node.kids[-1] if node.kids else None)
         if body is not None:
@@ -156,7 +165,7 @@ class Flow:
             self._cleared[root] = self._cleared.get(root, 0) | mask
         summary.cleared = {root: mask for root, mask in self._cleared.items() if root in summary.roots}
         summary.pending = self._pending
-        self._env, self._cleared, self._returns, self._pending, self._answered = outer
+        self._env, self._cleared, self._returns, self._pending, self._answered, self._puts = outer
         self._summaries[node.start] = summary
         return summary
 
@@ -339,6 +348,10 @@ class Flow:
             root = ("!" if is_source else "~") + _BLANKS.sub("", tree.text(node))  # each field it was asked for is one
             return Value({root: self._dangers(text) if is_source else ALL}).without(cleans)
         local = self._functions.get(re.split(r"\.|::|->", callee)[-1].removeprefix("new "))
+        if local is not None and "." in callee and self._aliases:
+            head = _HEAD.match(tree.code, node.start)
+            if head is not None and head[0] in self._aliases:
+                local = None  # what an import brought: `subprocess.run` is no `run` of ours
         if local is not None and local.start in self._summaries and self._summaries[local.start] is None:
             local = None  # within itself: `root.resolve(name)` in a `resolve` of ours is the library's
         if callbacks and MAPS.search(callee):
@@ -356,10 +369,10 @@ class Flow:
             cleans |= BITS["html"] if ESCAPES_HTML.search(text) else 0
         if cleans:
             if local is not None:
-                self._apply_summary(self._summarise(local), positional, named, callee)  # for what it checks
+                self._apply_summary(self._summarise(local), positional, named, arguments)  # for what it checks
             return union([receiver, *every]).without(cleans)
         if local is not None and not callee.startswith("new "):
-            result = self._apply_summary(self._summarise(local), positional, named, callee)
+            result = self._apply_summary(self._summarise(local), positional, named, arguments)
             if result.roots and ESCAPES_HTML.search(tree.text(local)):  # a function that writes entities escapes
                 result = result.without(BITS["html"])
             if result.roots and ESCAPES_LDAP.search(tree.text(local)):
@@ -423,14 +436,18 @@ class Flow:
         self._env, self._cleared = saved
         return kept
 
-    def _apply_summary(self, summary: Summary, positional: list[Value], named: dict[str, Value], callee: str) -> Value:
+    def _apply_summary(
+        self, summary: Summary, positional: list[Value], named: dict[str, Value], arguments: Node
+    ) -> Value:
         given: dict[str, Value] = {}
+        nodes: dict[str, Node] = {}
         names = summary.params
         offset = 1 if names[:1] in (["self"], ["cls"], ["this"]) else 0
         for name, root, (slot, apart) in zip(names, summary.roots, summary.slots, strict=False):
             if offset <= slot < len(positional) + offset:
                 value = positional[slot - offset]
                 given[root] = value.part(name, BITS["fields"]) if apart else value
+                nodes[root] = arguments.kids[slot - offset]
         for name, value in named.items():
             if name in names:
                 given[summary.roots[names.index(name)]] = value
@@ -440,6 +457,8 @@ class Flow:
         alive = {root: self._alive(value) for root, value in given.items() if value.roots}
         for root, sink, where in summary.pending.values():
             value = alive.get(root, CLEAN)
+            if root in given:
+                self._note(root, sink.danger, value, given[root], nodes.get(root))
             if not value.roots:
                 continue
             doubted = not sink.strong and (value.built or not sink.built) and self._is_only_called_here(where, {root})
@@ -553,7 +572,55 @@ class Flow:
                 alive, replace(sink, built=False) if value.built else sink, node
             )  # built here, if not by the caller
             return
-        self._emit(sink.rule, node)
+        if strong:
+            self._emit(sink.rule, node)
+            return
+        self._wait(alive, sink, node)
+        self._doubted.setdefault((sink.rule.id, node.start), (sink, node, alive))
+
+    def _note(self, root: str, danger: int, value: Value, given: Value, node: Node | None) -> None:
+        """Keep what a call gives the weak `root`: whose values these are, or that they are fit."""
+        givers = self._given.setdefault((root, danger), set())
+        harmful = [r for r, m in value.roots.items() if m & danger]
+        givers.update(harmful)
+        if not harmful and not given.roots and not (node is not None and self._is_fit(node, danger, 3)):
+            givers.add("")  # nothing is known of it
+
+    def _is_fit(self, node: Node, danger: int, depth: int) -> bool:
+        """Whether the text says that this is no input: a literal, a constant, of a table of ours, or what a check returned."""
+        tree = self._tree
+        if depth == 0:
+            return False
+        if node.kind in NAMES:
+            name = tree.text(node)
+            put = self._puts.get(name)
+            return name.isupper() or (put is not None and self._is_fit(put, danger, depth - 1))
+        if node.kind in ("ternary_expression", "conditional_expression") and len(node.kids) == 3:
+            ends = (node.kids[0], node.kids[2]) if tree.language == "python" else node.kids[1:]
+            return all(self._is_fit(kid, danger, depth - 1) for kid in ends)
+        if node.kind in CALLS:
+            callee = self._callee(tree.text(node).split("(", 1)[0])
+            local = self._functions.get(re.split(r"\.|::|->", callee)[-1])
+            if local is not None:
+                summary = self._summaries.get(local.start)
+                return bool(summary and summary.params) and not any(
+                    mask & danger for mask in (summary.returned.roots.values() if summary else ())
+                )
+            return bool(self._language.called[callee][2] & danger)
+        if node.kind in SUBSCRIPTS:
+            return tree.text(node.kids[0]).isupper() if node.kids else False
+        return node.kind in LITERALS and not any(kid.kind in HOLES for kid in node.kids)
+
+    def _may_come(self, roots: list[str], danger: int) -> bool:
+        """Whether one of the weak `roots` may come with `danger`: not where all calls in the file give what is fit."""
+        seen, waiting = set(roots), list(roots)
+        while waiting:
+            givers = self._given.get((waiting.pop(), danger))
+            if givers is None:  # nobody in this file gives it: somebody elsewhere does
+                return True
+            waiting += givers - seen
+            seen |= givers
+        return False
 
     def _wait(self, roots: list[str], sink: Sink, node: Node) -> None:
         """Keep a sink until a caller of this function gives something from outside."""
@@ -615,6 +682,8 @@ class Flow:
         right = node.field("right") or node.field("value") or kids[-1]
         left = node.field("left") or node.field("declarator") or node.field("name") or kids[0]
         value = self._alive(self._visit(right))  # what was checked here, stays checked where the ways meet again
+        if left.kind in NAMES:
+            self._puts[self._tree.text(left)] = right
         if right.kind == "argument_list" and node.parent is not None:  # C++: `std::ifstream in(path);` is a call too
             made = node.parent.field("type")
             for sink in self._language.called[squeezed(self._tree.text(made))][-1] if made is not None else ():

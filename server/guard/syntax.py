@@ -40,6 +40,13 @@ TYPES = frozenset(
         "type_arguments",
     }
 )
+LITERALS = frozenset(
+    {
+        "string", "string_literal", "interpreted_string_literal", "raw_string_literal", "template_string", "integer", "number", "float", "int_literal",
+        "decimal_integer_literal", "number_literal", "true", "false", "none", "null", "nil", "null_literal",
+    }
+)  # fmt: skip
+HOLES = frozenset({"interpolation", "template_substitution"})  # what makes a text of a literal and a value
 _EXITS = re.compile(
     r"\b(?:return|raise|throw|continue|break|exit|abort|panic|die|goto|_exit|os\.Exit|sys\.exit|System\.exit|process\.exit|log\.Fatal\w*|"
     r"redirect|HTTPException|notFound|badRequest|http\.Error|AbortWith\w*|fail)\b"
