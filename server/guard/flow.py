@@ -370,6 +370,8 @@ class Flow:
         if cleans:
             if local is not None:
                 self._apply_summary(self._summarise(local), positional, named, arguments)  # for what it checks
+                cleans |= BITS["ldap"] if ESCAPES_LDAP.search(tree.text(local)) else 0
+                cleans |= BITS["html"] if ESCAPES_HTML.search(tree.text(local)) else 0
             return union([receiver, *every]).without(cleans)
         if local is not None and not callee.startswith("new "):
             result = self._apply_summary(self._summarise(local), positional, named, arguments)
