@@ -251,9 +251,14 @@ class Flow:
         return whole.with_fields(fields)
 
     def _string(self, node: Node) -> Value:
-        values = [self._visit(kid) for kid in node.kids if kid.kind in ("interpolation", "template_substitution")]
+        holes = [kid for kid in node.kids if kid.kind in HOLES]
+        values = [self._visit(kid) for kid in holes]
         if node.kind == "concatenated_string":
             values = [self._visit(kid) for kid in node.kids]
+        elif values and values[0].roots and not any(value.roots for value in values[1:]):
+            before = self._tree.code[node.start : holes[0].start]
+            if not before.rstrip("\"'`").strip("fFrRbB"):  # f"{path}.tmp"
+                return values[0]
         return union(values, built=bool(values)) if values else CLEAN
 
     def _binary(self, node: Node) -> Value:
@@ -271,6 +276,8 @@ class Flow:
                 joins = operator != "||" and (operator != "/" or self._tree.language in ("python", "cpp"))
                 if operator == "/" and not values[1].roots:
                     joins = False  # a folder from outside with a name of our own under it
+                if operator == "+" and not values[1].roots:
+                    joins = False  # `path + ".tmp"`: as much from outside as it was
                 return union(values, built=joins)
         return union(values)
 
@@ -354,6 +361,8 @@ class Flow:
                 local = None  # what an import brought: `subprocess.run` is no `run` of ours
         if local is not None and local.start in self._summaries and self._summaries[local.start] is None:
             local = None  # within itself: `root.resolve(name)` in a `resolve` of ours is the library's
+        if callee == "map" and len(arguments.kids) > 1 and tree.language == "python":
+            return self._mapped(self._callee(tree.text(arguments.kids[0])), positional[1:], arguments)
         if callbacks and MAPS.search(callee):
             return mapped  # what the function makes of each element, whatever the elements are
         if callee.endswith((".map", ".filter")) and _LOOKS_UP.fullmatch(tree.text(arguments)):
@@ -398,6 +407,15 @@ class Flow:
         if canonical and value.roots:
             value = Value(value.roots, built=value.built, canonical=True)
         return value
+
+    def _mapped(self, callee: str, values: list[Value], arguments: Node) -> Value:
+        """Python's `map(function, values)`: what the function makes of each value."""
+        cleans = self._language.called[callee][2]
+        local = self._functions.get(callee)
+        if local is None or cleans:
+            return union(values).without(cleans)
+        known = local.start in self._summaries and self._summaries[local.start] is None
+        return union(values) if known else self._apply_summary(self._summarise(local), values, {}, arguments)
 
     def _callback(self, node: Node, receiver: Value) -> Value:
         """Walk a function that is handed to a call; its parameters are elements of what it is called on. Return its result."""
