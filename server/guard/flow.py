@@ -39,6 +39,7 @@ from server.guard.syntax import (
     MEMBERS,
     NAMES,
     OUT_SOURCES,
+    PUT_TOGETHER,
     RAISES_OUTSIDE,
     SUBSCRIPTS,
     TYPES,
@@ -603,33 +604,39 @@ class Flow:
         givers = self._given.setdefault((root, danger), set())
         harmful = [r for r, m in value.roots.items() if m & danger]
         givers.update(harmful)
-        if not harmful and not given.roots and not (node is not None and self._is_fit(node, danger, 3)):
+        if not harmful and not given.roots and not (node is not None and self._is_fit(node, danger, {})):
             givers.add("")  # nothing is known of it
 
-    def _is_fit(self, node: Node, danger: int, depth: int) -> bool:
+    def _is_fit(self, node: Node, danger: int, known: dict[str, bool]) -> bool:
         """Whether the text says that this is no input: a literal, a constant, of a table of ours, or what a check returned."""
-        tree = self._tree
-        if depth == 0:
-            return False
+        tree, kids = self._tree, node.kids
         if node.kind in NAMES:
             name = tree.text(node)
-            put = self._puts.get(name)
-            return name.isupper() or (put is not None and self._is_fit(put, danger, depth - 1))
-        if node.kind in ("ternary_expression", "conditional_expression") and len(node.kids) == 3:
-            ends = (node.kids[0], node.kids[2]) if tree.language == "python" else node.kids[1:]
-            return all(self._is_fit(kid, danger, depth - 1) for kid in ends)
+            if name not in known:
+                known[name] = name.isupper()
+                put = self._puts.get(name)
+                if not known[name] and put is not None:
+                    known[name] = self._is_fit(put, danger, known)
+            return known[name]
+        if node.kind in ("ternary_expression", "conditional_expression") and len(kids) == 3:
+            ends = (kids[0], kids[2]) if tree.language == "python" else kids[1:]
+            return all(self._is_fit(kid, danger, known) for kid in ends)
         if node.kind in CALLS:
             callee = self._callee(tree.text(node).split("(", 1)[0])
             local = self._functions.get(re.split(r"\.|::|->", callee)[-1])
-            if local is not None:
-                summary = self._summaries.get(local.start)
-                return bool(summary and summary.params) and not any(
-                    mask & danger for mask in (summary.returned.roots.values() if summary else ())
-                )
-            return bool(self._language.called[callee][2] & danger)
+            if local is None:
+                return bool(self._language.called[callee][2] & danger)
+            summary = self._summaries.get(local.start)
+            return bool(summary and summary.params) and not any(
+                mask & danger for mask in (summary.returned.roots.values() if summary else ())
+            )
         if node.kind in SUBSCRIPTS:
-            return tree.text(node.kids[0]).isupper() if node.kids else False
-        return node.kind in LITERALS and not any(kid.kind in HOLES for kid in node.kids)
+            return bool(kids) and tree.text(kids[0]).isupper()
+        if node.kind in LITERALS:
+            kids = [kid for kid in kids if kid.kind in HOLES]
+        elif node.kind not in PUT_TOGETHER:
+            return False
+        return all(self._is_fit(kid, danger, known) for kid in kids)
 
     def _may_come(self, roots: list[str], danger: int) -> bool:
         """Whether one of the weak `roots` may come with `danger`: not where all calls in the file give what is fit."""

@@ -47,6 +47,7 @@ LITERALS = frozenset(
     }
 )  # fmt: skip
 HOLES = frozenset({"interpolation", "template_substitution"})  # what makes a text of a literal and a value
+PUT_TOGETHER = HOLES | {"binary_expression", "binary_operator", "parenthesized_expression", "concatenated_string"}
 _EXITS = re.compile(
     r"\b(?:return|raise|throw|continue|break|exit|abort|panic|die|goto|_exit|os\.Exit|sys\.exit|System\.exit|process\.exit|log\.Fatal\w*|"
     r"redirect|HTTPException|notFound|badRequest|http\.Error|AbortWith\w*|fail)\b"
