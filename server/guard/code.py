@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from server.guard import advisories, languages, licence, manifests, packages, plain
+from server.guard import advisories, assembled, languages, licence, manifests, packages, plain
 from server.guard.flow import Flow
 from server.guard.literals import can_match
 from server.guard.repeats import is_ambiguous, literal_in
@@ -173,6 +173,8 @@ def _patterns(
 ) -> list[Finding]:
     findings = []
     facts: dict[int, bool] = {}
+    statements: assembled.Statements | None = None
+    seen: set[tuple[int, int]] = set()  # pieces of statements, each of which may be run in more places than one
     low = code.lower()
     for pattern in rules.patterns:
         if pattern.match is None or not can_match(pattern.needs, low):
@@ -184,6 +186,13 @@ def _patterns(
             if not pattern.masked and not masked[match.start() : match.end()].strip():
                 continue  # all of it stands inside a string: it is talked about, not done
             where = match.span("at" if "at" in pattern.match.groupindex else 0)
+            if pattern.assembled:
+                statements = statements or assembled.Statements(code, masked)
+                part = statements.foreign_part(match.end())
+                if part is None or part in seen:
+                    continue
+                where = part
+                seen.add(part)
             start, end = _scope(pattern.scope, *where, code, spans, functions)
             known = fits.get((start, end))
             if known is None:

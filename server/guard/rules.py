@@ -73,6 +73,7 @@ class Pattern:
 
     `unchecked`: the variable that the match calls `v` is compared with nothing in the scope. `greater`: the number that it calls
     `v` is greater than that of this other group. `nested`: the regular expression that the match begins really is ambiguous.
+    `assembled`: the SQL that is run where the match ends has a caller's text in it (`assembled.py`), which is what is reported.
     `foreign`: the shell variable that it calls `v` is set to no fixed text and held against no pattern in the file. A match that
     begins far before the harm calls that piece `at`: it is what is reported, and where the scope is looked for.
     """
@@ -93,6 +94,7 @@ class Pattern:
     greater: int | None
     nested: bool
     foreign: bool
+    assembled: bool
 
 
 # Whether it is a source or a weak one, what it cleans, whether it hands on or makes canonical, and its sinks.
@@ -313,6 +315,7 @@ def _pattern(path: Path, given: dict[str, Any], weaknesses: dict[str, Any]) -> P
         entry.pop("greater", None),
         bool(entry.pop("nested", False)),
         bool(entry.pop("foreign", False)),
+        bool(entry.pop("assembled", False)),
     )
     _nothing_left(path, rule, entry)
     if (made.call is None) == (made.match is None):
