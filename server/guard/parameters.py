@@ -125,7 +125,8 @@ def parameters(node: Node, tree: Tree) -> list[tuple[str, str]]:
             names = [n for n in param.walk() if n.kind == "identifier"][:1]
         else:
             parts = [kid for kid in param.kids if kid.kind not in ("decorator", "accessibility_modifier")]
-            pattern = parts[0] if parts else param
+            takes_apart = param.kind in ("object_pattern", "array_pattern")  # TypeScript has these within a parameter
+            pattern = parts[0] if parts and not takes_apart else param
             names = [n for n in pattern.walk() if n.kind in ("identifier", "shorthand_property_identifier_pattern")]
         found += [(tree.text(name), text) for name in names]
     return found
