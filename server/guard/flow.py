@@ -22,6 +22,7 @@ from server.guard.syntax import (
     ANSWERS,
     ARGUMENTS,
     ASKS,
+    ASSERTS,
     BUILDS,
     CALLS,
     CLEAN_PROPERTY,
@@ -348,6 +349,8 @@ class Flow:
                 self._check_call(sink, node, receiver, positional, named)
         self._copy_out(callee, arguments, positional, receiver)
         self._collect(callee, every)
+        if ASSERTS.search(callee) and arguments.kids and tree.language not in ("c", "cpp"):  # C may leave them out
+            self._apply_guard(arguments.kids[0])
         if is_source or is_weak:
             text = squeezed(tree.text(node))
             harmless = self._language.harmless_sources

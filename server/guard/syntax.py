@@ -77,6 +77,9 @@ ASKS = re.compile(
     r"(?i)(?:^|\.)(?:has\w*|includes|test|match\w*|fullmatch|contains\w*|starts_?with|ends_?with|some|every|any|all|is_?\w+|equals\w*|"
     r"anyMatch|allMatch|noneMatch|Boolean|bool)$"
 )
+ASSERTS = re.compile(
+    r"^(?:\w+\.)?(?:assert(?:\.ok)?|invariant|checkArgument|isTrue)$"
+)  # raises unless its first argument holds
 RAISES_OUTSIDE = re.compile(r"\.relative_to$")  # Python: raises where the path is not under the folder
 ESCAPES_HTML = re.compile(r"&lt;|&#60;|&#x3[cC];|&#x?(?:[\"'`]|%|\$?\{)|\[[^\]\n^]{0,12}<[^\]\n]{0,12}>[^\]\n]{0,12}\]")
 ESCAPES_LDAP = re.compile(r"\\\\(?:5c|2a|28|29)", re.IGNORECASE)
