@@ -327,8 +327,9 @@ def _words_of(name: str) -> _Words:
         re.compile(
             rf"(?is){wrapped}\s*(?:(?:NOT\s+)?IN\s*\(|!?~\*?|(?:NOT\s+)?(?:REGEXP|RLIKE|SIMILAR)\b|(?:NOT\s+)?LIKE\s+N?'%?\[|(?:NOT\s+)?MEMBER\s+OF|(?:<>|!=)\s*N?'[^'])"
             rf"|{wrapped}\s*(?:<>|!=|=)\s*(?:ALL|ANY|SOME)\s*\(|\bCASE\s+{wrapped}\s*WHEN\b"
-            rf"|\b(?:REGEXP_LIKE|REGEXP_INSTR|FIND_IN_SET|FIELD|array_position|EXISTS|OBJECT_ID|COL_LENGTH|to_regclass|TYPE_ID|SCHEMA_ID|DB_ID|has_\w+_privilege)\s*\([^;()]{{0,160}}?{word}"
+            rf"|\b(?:REGEXP_LIKE|REGEXP_INSTR|FIND_IN_SET|FIELD|TRANSLATE|array_position|EXISTS|OBJECT_ID|COL_LENGTH|to_regclass|TYPE_ID|SCHEMA_ID|DB_ID|has_\w+_privilege)\s*\([^;()]{{0,160}}?{word}"
             rf"|\bPATINDEX\s*\(\s*N?'%\[\^[^']*'\s*,\s*{wrapped}"
+            rf"|\b(?:PERFORM\b|COUNT\s*\(\s*[*1]\s*\)\s*INTO\b)[^;]{{0,300}}?=\s*(?:\w+\(\s*){{0,2}}{word}[^;]{{0,100}};\s*IF\b"
             rf"|\bEXISTS\s*\(\s*SELECT\b[^;]{{0,400}}?=\s*(?:\w+\(\s*){{0,2}}{word}"
             rf"|\b[\w.]*(?:check|assert|valid|ensure|allow|verify|_safe|safe_|guard|permit|known)\w*\]?(?:\s*\(|\s+@?\w*\s*=?)[^;()\n]{{0,80}}?{word}"
         ),

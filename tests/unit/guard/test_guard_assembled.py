@@ -84,6 +84,8 @@ def test_what_is_no_callers_text_is_not(value: str) -> None:
         "IF p_text NOT IN ('a', 'b') THEN RAISE 'no'; END IF;",
         "IF lower(p_text) !~ '^[a-z]+$' THEN RAISE 'no'; END IF;",
         "PERFORM app.assert_known(p_text);",
+        "PERFORM 1 FROM tenants WHERE name = p_text; IF NOT FOUND THEN RAISE 'no'; END IF;",
+        "SELECT count(*) INTO n FROM tenants WHERE name = lower(p_text); IF n = 0 THEN RAISE 'no'; END IF;",
         "IF NOT p_text = ANY (ARRAY['a']) THEN RAISE 'no'; END IF;",
         "PERFORM 1 FROM pg_tables WHERE tablename = p_text;",
         "IF NOT EXISTS (SELECT 1 FROM reports WHERE code = p_text) THEN RAISE 'no'; END IF;",
