@@ -287,7 +287,7 @@ CONTEXTS: tuple[Context, ...] = (
     Context(
         "command-line-password",
         ("-pass", "-token", "-secret", "-api-key", "-client-secret"),
-        r"\s--?(?:password|passwd|pass|token|secret|api-key|passphrase|client-secret)[ =][\"']?(?!(?:id|type|src|source|env|target)=)",  # a build's `--secret id=`
+        r"\s--?(?:password|passwd|pass|token|secret(?![ =][\"']?[a-z]{1,40}(?:[/-][a-z0-9]{1,40}){1,8}(?:[\s:\"',]|$))|api-key|passphrase|client-secret)[ =][\"']?(?!(?:id|type|src|source|env|target)=)",  # a build's `--secret id=`
         r"[^\s\"'`$|;<>{(]",
         6,
         "password",
@@ -343,6 +343,32 @@ CONTEXTS: tuple[Context, ...] = (
         "opaque",
     ),
     Context(
+        "spoken-password",
+        ("passw", "passphrase", "passcode", "pwd ", "pw "),
+        r"(?i:\b(?:passwor[dt]|passwd|passphrase|passcode|pwd|pw)(?:\s{1,2}(?:for|of|on|to)(?:\s{1,2}[\w.@/-]{1,40}){1,3}?)?"
+        r"\s{1,2}(?:is|was|ist|to|remains)(?:\s{1,2}(?:now|still|set to|just|currently))?:?\s{1,2}[`*]{0,2})",
+        r"[^\s\"'`<>{}()\[\]$]",
+        8,
+        "said",
+    ),
+    Context(
+        "connection-string",
+        ("open(", "mysql", "dsn", "database_url"),
+        r"(?i:\b(?:open\(|\w{0,24}mysql|\w{0,24}dsn|database_url)[^\n]{0,80}?[\"'`=])[\w.-]{1,64}:",
+        r"[^\s@\"'`/():{}$]",
+        4,
+        "dsn",
+    ),
+    Context(
+        "login-call",
+        ("mysqli", "mysql_connect", "new pdo(", "_login(", "ldap_bind(", "imap_open(", "oci_connect(", "dbi->connect(", "sequelize(", "plainauth("),
+        r"(?:\bmysqli|mysqli?_(?:real_)?connect|\bPDO|ftp_login|ldap_bind|imap_open|oci_connect|DBI->connect|Sequelize|PlainAuth)"
+        r"\s{0,2}\(\s{0,4}(?:\"[^\"\n]{0,120}\"|'[^'\n]{0,120}'|[^,\n\"']{0,120}),\s{0,4}(?:\"[^\"\n]{0,120}\"|'[^'\n]{0,120}'|[^,\n\"']{0,80}),\s{0,4}[\"']",
+        r"[^\"'\n\r]",
+        6,
+        "login",
+    ),
+    Context(
         "login-call",
         (
             "login(",
@@ -351,11 +377,12 @@ CONTEXTS: tuple[Context, ...] = (
             "basicauth(",
             "basic_auth(",
             "credentials(",
+            "networkcredential(",
             "authentication(",
             "getconnection(",
             "auth=(",
         ),
-        r"(?:\.login|\.authenticate|\.connect|auth=|HTTPBasicAuth|BasicAuth|basic_auth|SetBasicAuth|UsernamePasswordCredentials|"
+        r"(?:\.login|\.authenticate|\.connect|auth=|HTTPBasicAuth|BasicAuth|basic_auth|SetBasicAuth|UsernamePasswordCredentials|NetworkCredential|"
         r"PasswordAuthentication|getConnection|Credentials)\s{0,2}\(\s{0,4}[^()\n]{0,120}?[\"'][^\"'\n]{0,80}[\"']\s{0,2},\s{0,4}[\"']",
         r"[^\"'\n\r]",
         6,

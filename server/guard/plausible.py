@@ -10,7 +10,8 @@ from collections import Counter
 _PLACEHOLDER = re.compile(
     r"(?i)example|changeme|change[-_ ]me|your[-_ a-z]|yours?$|x{4,}|<[^>]*>|^\$|\$\{|\$\(|\{\{|%\(|%[sd]\b|placeholder|dummy|"
     r"\bfake|sample|redact|\*{3,}|\.{3,}|…|\btodo\b|insert[-_ ]|replace[-_ ]|^none$|^null$|^nil$|^undefined$|^true$|^false$|"
-    r"^(?:my|the|a|some|test|demo|new|old|user|db|app|default|root)?[-_ ]?(?:pass(?:word|wd|phrase)?|secret|token|api[-_ ]?key|key|credentials?)$|"
+    r"^(?:my|the|a|some|test|demo|new|old|user|db|app|default|root)?[-_ ]?(?:pass(?:word|wd|phrase)?|secret|token|api[-_ ]?key|key|credentials?)[-_]?\d{0,4}!?$|"
+    r"^test[-_]?\d{1,4}!?$|"
     r"^env[.:(]|process\.env|os\.(?:environ|getenv)|getenv|^vault:|^secret(?:s|manager)?[:/]|^arn:|^ref\+|^op://|^file:|^/run/secrets|^@|"
     r"0123456789|1234567890|abcdefghij|deadbeef|not[-_ ]?(?:a[-_ ])?(?:real|secret|set)|"
     r"^#\{|^\{[a-z_.()]+\}$|\$\{\{|^var\.|^local\.|^data\.|^module\.|^!|^&|^\(|^\[|notasecret|no[-_]?password|\bmock"
@@ -24,11 +25,22 @@ _KEY_NOT_SECRET = re.compile(
     r"expiration|hash|hashed|digest|regex|pattern|label|placeholder|prompt|msg|message|hint|policy|arn|ref|version|count|limit|"
     r"endpoint|column|class|format|prefix|suffix|algorithm|alg|mode|provider|manager|store|scope|scopes|issuer|audience|method|"
     r"strategy|title|description|text|error|status|state|rule|rules|min|max|public|enabled|required|index|parameter|param|"
-    r"location|config|source|lifetime|age|template|view|form|input|element|selector|icon|button|link|_at|At|kind|role|"
+    r"fingerprint|thumbprint|address|location|config|source|lifetime|age|template|view|form|input|element|selector|icon|button|link|_at|At|kind|role|"
     r"encoder|hasher|service|helper|handler|validator|callback|bucket|topic|table|tokens|tokenizer|ization)$|"
-    r"^(?:pad|eos|bos|unk|mask|sep|cls|csrf|next|page|continuation|cancel(?:lation)?|num|max|min|total|public|is|has|no|"
+    r"^(?:pad|eos|bos|unk|mask|sep|cls|csrf|next|page|pagination|continuation|sync|delta|cursor|resume|stop|creation|design|cancel(?:lation)?|num|max|min|total|public|is|has|no|"
     r"require|require[sd]|forgot|reset|change|show|toggle|hide|update|validate|verify|invalid|missing|wrong|bad)[_-]?"
     r"(?:.*)?(?:token|password|key|secret|credentials?)s?$|public[_.-]?key|author|authority|authenticated|authentication$"
+)
+# A key that opens nothing: it finds a row, a text, a cached thing, or is shown to every visitor.
+_KEY_OF_A_THING = re.compile(
+    r"(?i)(?:^|[_.-]|(?<=[a-z]))(?:partition|sort|range|cache|redis|s3|object|blob|row|primary|foreign|unique|composite|idempotency|"
+    r"dedup\w{0,12}|routing|ordering|grouping?|translation|i18n|hot|shortcut|map|lookup|lock|shard|websocket|state|"
+    r"publishable|site|metric|upload|item|record|registry|config|setting|feature|flag|event|message)[_.-]?key$"
+)
+_NAMED_KEY = re.compile(
+    r"(?i)pass|pwd|secret|token|credential|bearer|mnemonic|seed|auth|_pw|pin|"
+    r"(?:api|access|private|encryption|signing|master|account|shared|service|client|license|webhook|app|hmac|aes|jwt|crypto?|"
+    r"session|subscription|deploy|database|db|cipher|admin|integration|ingest)[_.-]?key"
 )
 _TEST_NAME = re.compile(r"(?i)(?:test|fake|mock|dummy|sample|example)[_-]")
 _PASSWORD_NAME = re.compile(r"(?i)pass|pwd|_pw$|^pw|pin_?code|mnemonic|seed")
@@ -37,11 +49,17 @@ WORDY = re.compile(
 )
 # Words with a number at the end of some: `user:profile:v2`, `x-aws-ec2-metadata-token`, `ffi.Module.load_from_bytes.`
 _WORDS = re.compile(r"^(?:[A-Z]?[a-z]+|[A-Z]+)\d?(?:[_.\-/ :]+(?:(?:[A-Z]?[a-z]+|[A-Z]+)\d?)?)+$")
-_PROPERTY_LINE = re.compile(r"\s{0,40}(?:export\s{1,4})?[A-Za-z][\w.-]{0,120}=\S{8,512}\s{0,40}")
+# The same with numbers and short hashes among them: `alert-disk-web01`, `exports/2024/report-4821.csv`, `tenant#4821`.
+_PARTS = re.compile(
+    r"^[A-Za-z][a-z]*\d{0,2}(?:[-_.:/#+@](?:[A-Z]?[a-z]+\d{0,2}|[A-Z]+\d{0,2}|v?\d{1,8}|[0-9a-f]{8,40}))+$"
+)
+_WITHIN_ARN = re.compile(r"\barn:aws[\w:/.-]{0,200}\Z")
+_PROPERTY_LINE = re.compile(r"\s{0,40}(?:export\s{1,4})?[A-Za-z][\w.-]{0,120}(?:=|:\s(?=\D*\d\D*\d))\S{8,512}\s{0,40}")
 _PATH_OF_NAMES = re.compile(r"^[A-Za-z_]\w*(?:(?:\.|::|->)~?[A-Za-z_]\w*)+$")
 _NUMBER = re.compile(r"^(?:0x[0-9a-fA-F_]{1,16}|\d[\d_.]*)[uUlLnf]{0,3}$")
 # What names a thing and is none: a version, a date, a URN, an algorithm, the path of a resource with words in it.
 _NAMES_A_THING = re.compile(
+    r"^(?:pk_(?:live|test)|sb_publishable)_|^(?:SHA256|MD5|sha256/)[:/]?|^6L[a-zA-Z0-9][\w-]{37}$|"  # shown to everybody
     r"^[~^]?\d+(?:\.\d+){1,3}(?:-[\w.]+)?$|^\d{4}-\d\d-\d\d(?:T[\d:.]+Z?)?$|^urn:|"
     r"(?i:^(?:scram-)?(?:sha|aes|hs|rs|es|md)-?\d{1,3}(?:-[a-z]+)*$)|^(?:[\w*.-]*/)*[a-z]{3,20}/(?:[\w*.-]+/)*[a-z]{3,20}/"
 )
@@ -81,7 +99,7 @@ def _is_code(match: re.Match[str]) -> bool:
 
 
 def _is_property(match: re.Match[str]) -> bool:
-    """Whether the line is `name=value` and nothing else, as in a file of properties, and the value mixes its characters."""
+    """Whether the line is `name=value` and nothing else, as in a file of properties (or `name: value` with two digits), and the value mixes its characters."""
     value = match["v"]
     mixed = any(c.islower() for c in value) and any(c.isupper() for c in value) and any(c.isdigit() for c in value)
     return mixed and _PROPERTY_LINE.fullmatch(match.string) is not None
@@ -94,6 +112,8 @@ def _is_named_secret(key: str, value: str, *, quoted: bool, alone: bool = False)
     """
     value = value.strip()
     if len(value) < (4 if quoted else 6) or _KEY_NOT_SECRET.search(key) or _PLACEHOLDER.search(value):
+        return False
+    if _KEY_OF_A_THING.search(key) or (_PARTS.match(value) and not _NAMED_KEY.search(key)):
         return False
     if _TEST_NAME.match(key) and len(value) < 12:
         return False  # the fixture of a test
@@ -143,12 +163,31 @@ def _is_named_secret(key: str, value: str, *, quoted: bool, alone: bool = False)
     )
 
 
+_MARKS = re.compile(r"[^A-Za-z0-9_./:-]")
+_TERM = re.compile(r"(?i)^(?:base|sha|utf|aes|rsa|oauth|x\.?509|scram|hmac|pbkdf|bcrypt|argon)-?\d|-[a-z]{4,}$")
+
+
+def _is_said(value: str) -> bool:
+    """Judge what a sentence says a password is: most go on with a word, so that it takes a mix that no word has."""
+    value = value.rstrip(".,;:!?)*")
+    digits = sum(c.isdigit() for c in value)
+    if len(value) < 8 or not digits or _PARTS.match(value) or _TERM.search(value) or _NAMES_A_THING.match(value):
+        return False
+    if _URLISH.match(value) or "@" in value[1:-4] and "." in value.rpartition("@")[2]:
+        return False  # where it is, or whose
+    lower, upper = any(c.islower() for c in value), any(c.isupper() for c in value)
+    mark = _MARKS.search(value) is not None
+    return (lower and upper and (mark or digits > 1)) or ((lower or upper) and mark and digits > 1)
+
+
 def is_context_secret(kind: str, match: re.Match[str], key: str) -> bool:
     """Judge the value that a context of `kind` has found after `key`."""
     value = match["v"]
     if kind == "named":
         return _is_named_secret(key, value, quoted=True)
     if kind == "bare":
+        if _WITHIN_ARN.search(match.string, max(0, match.start() - 240), match.start()):
+            return False
         return not _is_code(match) and _is_named_secret(key, value, quoted=False, alone=_is_property(match))
     if _PLACEHOLDER.search(value) or _HASHES.match(value):
         return False
@@ -156,7 +195,12 @@ def is_context_secret(kind: str, match: re.Match[str], key: str) -> bool:
         end = match.end("v")
         if match.string[end : end + 1] != "@" or "{" in value or "$" in value[:1] or value.isupper():
             return False
-        return not re.fullmatch(r"(?i)pass(?:word|wd)?|pw|secret|token|x+|user|root|postgres|guest|\d{1,5}", value)
+        return not re.fullmatch(r"(?i)pass(?:word|wd)?|pw|secret|token|x+|user|root|postgres|guest|x-oauth-basic|\d{1,5}", value)
+    if kind == "dsn":
+        after = match.string[match.end("v") : match.end("v") + 6]
+        return after.startswith(("@tcp(", "@unix(", "@udp(")) and "%" not in value[:1] and not WORDY.match(value)
+    if kind == "said":
+        return _is_said(value)
     if kind == "opaque":
         return (
             not is_monotone(value) and entropy_bits(value) >= (2.5 if len(value) < 24 else 3.0) and not is_public(value)
