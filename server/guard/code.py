@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from server.guard import advisories, assembled, languages, licence, manifests, packages, plain
+from server.guard import advisories, assembled, languages, licence, manifests, origins, packages, plain
 from server.guard.flow import Flow
 from server.guard.literals import can_match
 from server.guard.repeats import is_ambiguous, literal_in
@@ -28,9 +28,6 @@ _SCOPES = frozenset(
     }
 )  # fmt: skip
 _LOOK_BEHIND_CHARS = 400
-_OWN_VARIABLES = re.compile(
-    r"HOME|PWD|OLDPWD|USER|LOGNAME|TMPDIR|HOSTNAME|UID|EUID|RANDOM|SECONDS|BASHPID|PPID|XDG_\w+"
-)
 
 
 def find_insecure(source: str, language: str | None) -> list[Finding]:
@@ -203,7 +200,7 @@ def _patterns(
 
 
 def _group_fits(pattern: Pattern, match: re.Match[str], scope: str, code: str) -> bool:
-    if pattern.foreign and match["v"] and _is_settled(match["v"], code):
+    if pattern.foreign and _is_own(pattern, match, code):
         return False
     if pattern.greater is not None and match[pattern.greater]:
         return int(match["v"]) > int(match[pattern.greater])
@@ -211,6 +208,15 @@ def _group_fits(pattern: Pattern, match: re.Match[str], scope: str, code: str) -
         return is_ambiguous(literal_in(match.string, match.start()))
     # held against something anywhere in the scope: a bounds check, most likely
     return not (pattern.unchecked and match["v"] and _comparison_of(match["v"]).search(scope))
+
+
+def _is_own(pattern: Pattern, match: re.Match[str], code: str) -> bool:
+    """Whether what the match says of shell variables is the script's own, so that nobody else has a say in it."""
+    if "v" not in pattern.match.groupindex:  # type: ignore[union-attr]  # only a pattern that matches text is foreign
+        return origins.are_settled(match[0], code, match.start())
+    if not match["v"]:
+        return False
+    return origins.is_settled(match["v"], code, match.start("v"), environment=pattern.foreign != "unset")
 
 
 @lru_cache(maxsize=512)
@@ -222,38 +228,6 @@ def _comparison_of(name: str) -> re.Pattern[str]:
         rf"|(?<![-<>=])[<>]=?\s*(?:\(\s*\w+\s*\)\s*)?{word}|%\s*{word}|{word}\s*%=?"
         rf"|\b(?i:min|clamp|max|valid\w*|check\w*|in_range|in_bounds|fits)(?:<[^<>;]{{0,60}}>)?\([^;]{{0,80}}?{word}"
     )
-
-
-@lru_cache(maxsize=512)
-def _settings_of(name: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """Return what finds a check of the shell variable `name` against a pattern, and what it is set to."""
-    word = re.escape(name)
-    check = rf"\[\[[^\n]{{0,200}}\$\{{?{word}\}}?\"?\s*=~|\bcase\s+\"?\$\{{?{word}\}}?\"?\s+in\b|10#\$?\{{?{word}\b"
-    values = (
-        rf"(?<![\w$.-]){word}=(\"[^\"\n]{{0,300}}\"?|'[^'\n]{{0,300}}'|[^\s;]{{0,300}})|\bread\s[^\n;|]{{0,120}}\b({word})\b|"
-        rf"\bfor\s+({word})\s+in\s([^\n;]{{0,300}})"
-    )
-    return re.compile(check), re.compile(values)
-
-
-def _is_settled(name: str, code: str, depth: int = 3) -> bool:
-    """Whether the shell variable `name` holds what the script itself says, or was held against a pattern."""
-    if _OWN_VARIABLES.fullmatch(name):
-        return True
-    if name.isdigit() or not name.isidentifier() or depth == 0:
-        return False
-    check, values = _settings_of(name)
-    if check.search(code):
-        return True
-    given = list(values.finditer(code, 0, 200_000))[:20]
-    if not given or any(m[2] for m in given):
-        return False
-    for text in (m[1] or m[4] or "" for m in given):
-        if re.search(r"\$\{?[@*#!]|\*|`|<", text):
-            return False
-        if any(not _is_settled(other, code, depth - 1) for other in re.findall(r"\$\{?(\w+)", text)):
-            return False
-    return True
 
 
 def _scope(

@@ -361,7 +361,18 @@ CONTEXTS: tuple[Context, ...] = (
     ),
     Context(
         "login-call",
-        ("mysqli", "mysql_connect", "new pdo(", "_login(", "ldap_bind(", "imap_open(", "oci_connect(", "dbi->connect(", "sequelize(", "plainauth("),
+        (
+            "mysqli",
+            "mysql_connect",
+            "new pdo(",
+            "_login(",
+            "ldap_bind(",
+            "imap_open(",
+            "oci_connect(",
+            "dbi->connect(",
+            "sequelize(",
+            "plainauth(",
+        ),
         r"(?:\bmysqli|mysqli?_(?:real_)?connect|\bPDO|ftp_login|ldap_bind|imap_open|oci_connect|DBI->connect|Sequelize|PlainAuth)"
         r"\s{0,2}\(\s{0,4}(?:\"[^\"\n]{0,120}\"|'[^'\n]{0,120}'|[^,\n\"']{0,120}),\s{0,4}(?:\"[^\"\n]{0,120}\"|'[^'\n]{0,120}'|[^,\n\"']{0,80}),\s{0,4}[\"']",
         r"[^\"'\n\r]",

@@ -173,7 +173,7 @@ def _is_said(value: str) -> bool:
     digits = sum(c.isdigit() for c in value)
     if len(value) < 8 or not digits or _PARTS.match(value) or _TERM.search(value) or _NAMES_A_THING.match(value):
         return False
-    if _URLISH.match(value) or "@" in value[1:-4] and "." in value.rpartition("@")[2]:
+    if _URLISH.match(value) or ("@" in value[1:-4] and "." in value.rpartition("@")[2]):
         return False  # where it is, or whose
     lower, upper = any(c.islower() for c in value), any(c.isupper() for c in value)
     mark = _MARKS.search(value) is not None
@@ -195,7 +195,9 @@ def is_context_secret(kind: str, match: re.Match[str], key: str) -> bool:
         end = match.end("v")
         if match.string[end : end + 1] != "@" or "{" in value or "$" in value[:1] or value.isupper():
             return False
-        return not re.fullmatch(r"(?i)pass(?:word|wd)?|pw|secret|token|x+|user|root|postgres|guest|x-oauth-basic|\d{1,5}", value)
+        return not re.fullmatch(
+            r"(?i)pass(?:word|wd)?|pw|secret|token|x+|user|root|postgres|guest|x-oauth-basic|\d{1,5}", value
+        )
     if kind == "dsn":
         after = match.string[match.end("v") : match.end("v") + 6]
         return after.startswith(("@tcp(", "@unix(", "@udp(")) and "%" not in value[:1] and not WORDY.match(value)
@@ -209,7 +211,7 @@ def is_context_secret(kind: str, match: re.Match[str], key: str) -> bool:
         return (
             not WORDY.match(value) and " " not in value and not _URLISH.match(value) and any(c.isdigit() for c in value)
         )
-    if value.startswith(("$", "%", "{", "(", "@", ":")) or is_monotone(value):
+    if value.startswith(("$", "%", "{", "(", "@", ":", "`")) or is_monotone(value):
         return False
     if kind == "connection":
         if any(c.isdigit() for c in value):

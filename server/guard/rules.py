@@ -74,8 +74,9 @@ class Pattern:
     `unchecked`: the variable that the match calls `v` is compared with nothing in the scope. `greater`: the number that it calls
     `v` is greater than that of this other group. `nested`: the regular expression that the match begins really is ambiguous.
     `assembled`: the SQL that is run where the match ends has a caller's text in it (`assembled.py`), which is what is reported.
-    `foreign`: the shell variable that it calls `v` is set to no fixed text and held against no pattern in the file. A match that
-    begins far before the harm calls that piece `at`: it is what is reported, and where the scope is looked for.
+    `foreign`: the shell variable that it calls `v` (without one: some variable that it names) is set to no fixed text and held
+    against no pattern in the file; an environment variable counts as fixed, unless this is `unset`. A match that begins far
+    before the harm calls that piece `at`: it is what is reported, and where the scope is looked for.
     """
 
     rule: Rule
@@ -93,7 +94,7 @@ class Pattern:
     unchecked: bool
     greater: int | None
     nested: bool
-    foreign: bool
+    foreign: str
     assembled: bool
 
 
@@ -314,18 +315,26 @@ def _pattern(path: Path, given: dict[str, Any], weaknesses: dict[str, Any]) -> P
         bool(entry.pop("unchecked", False)),
         entry.pop("greater", None),
         bool(entry.pop("nested", False)),
-        bool(entry.pop("foreign", False)),
+        _foreign(path, rule, entry.pop("foreign", False)),
         bool(entry.pop("assembled", False)),
     )
     _nothing_left(path, rule, entry)
     if (made.call is None) == (made.match is None):
         raise ConfigError(f"{path}: rule {rule.id}: expected one of 'call' and 'match'")
-    about_one = made.unchecked or made.foreign or made.greater is not None
+    about_one = made.unchecked or made.foreign == "unset" or made.greater is not None
     if about_one and (match is None or "v" not in match.groupindex):
         raise ConfigError(
-            f"{path}: rule {rule.id}: 'unchecked', 'greater' and 'foreign' ask for a 'match' with a group 'v'"
+            f"{path}: rule {rule.id}: 'unchecked', 'greater' and 'foreign: unset' ask for a 'match' with a group 'v'"
         )
+    if made.foreign and match is None:
+        raise ConfigError(f"{path}: rule {rule.id}: 'foreign' asks for a 'match'")
     return made
+
+
+def _foreign(path: Path, rule: Rule, value: Any) -> str:
+    if value in (False, True, "unset"):
+        return {False: "", True: "any"}.get(value, "unset")
+    raise ConfigError(f"{path}: rule {rule.id}: 'foreign' is true or unset")
 
 
 def _nothing_left(path: Path, rule: Rule, entry: dict[str, Any]) -> None:
