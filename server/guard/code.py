@@ -173,6 +173,7 @@ def _patterns(
     statements: assembled.Statements | None = None
     seen: set[tuple[int, int]] = set()  # pieces of statements, each of which may be run in more places than one
     low = code.lower()
+    script = origins.Script(code)
     for pattern in rules.patterns:
         if pattern.match is None or not can_match(pattern.needs, low):
             continue
@@ -194,13 +195,13 @@ def _patterns(
             known = fits.get((start, end))
             if known is None:
                 known = fits[start, end] = _scope_fits(pattern, code[start:end])
-            if known and _group_fits(pattern, match, masked[start:end], code):
+            if known and _group_fits(pattern, match, masked[start:end], script):
                 findings.append(_finding(pattern.rule, *where, name))
     return findings
 
 
-def _group_fits(pattern: Pattern, match: re.Match[str], scope: str, code: str) -> bool:
-    if pattern.foreign and _is_own(pattern, match, code):
+def _group_fits(pattern: Pattern, match: re.Match[str], scope: str, script: origins.Script) -> bool:
+    if pattern.foreign and _is_own(pattern, match, script):
         return False
     if pattern.greater is not None and match[pattern.greater]:
         return int(match["v"]) > int(match[pattern.greater])
@@ -210,13 +211,13 @@ def _group_fits(pattern: Pattern, match: re.Match[str], scope: str, code: str) -
     return not (pattern.unchecked and match["v"] and _comparison_of(match["v"]).search(scope))
 
 
-def _is_own(pattern: Pattern, match: re.Match[str], code: str) -> bool:
+def _is_own(pattern: Pattern, match: re.Match[str], script: origins.Script) -> bool:
     """Whether what the match says of shell variables is the script's own, so that nobody else has a say in it."""
     if "v" not in pattern.match.groupindex:  # type: ignore[union-attr]  # only a pattern that matches text is foreign
-        return origins.are_settled(match[0], code, match.start())
+        return script.are_settled(match[0], match.start())
     if not match["v"]:
         return False
-    return origins.is_settled(match["v"], code, match.start("v"), environment=pattern.foreign != "unset")
+    return script.is_settled(match["v"], match.start("v"), environment=pattern.foreign != "unset")
 
 
 @lru_cache(maxsize=512)

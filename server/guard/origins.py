@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from functools import lru_cache
+from bisect import bisect_right
 
 _OWN_VARIABLES = re.compile(
     r"HOME|PWD|OLDPWD|USER|LOGNAME|TMPDIR|HOSTNAME|UID|EUID|RANDOM|SECONDS|BASHPID|PPID|XDG_\w+"
@@ -30,36 +30,158 @@ _INPUT = re.compile(r"\$\{(?:var\.(\w+)|each\.\w+|self\.\w+)")
 _FUNCTION = re.compile(r"(?m)^[ \t]*(?:function[ \t]+)?([A-Za-z_][\w-]*)[ \t]*\([ \t]*\)[ \t]*\n?[ \t]*[{(]([^\n]*)")
 _FUNCTION_END = re.compile(r"(?m)^[})]")
 _WORD = re.compile(r"[ \t]+(\"(?:[^\"\\\n]|\\.){0,300}\"|'[^'\n]{0,300}'|[^\s;|&<>()\"']{1,200})")
-_MAX_CODE_CHARS = 200_000
+_MAX_CODE_CHARS = 100_000
 _MAX_SETTINGS = 20
+_MAX_LOOKUPS = 400
 
 
-def is_settled(name: str, code: str, at: int, *, environment: bool = True, depth: int = 4) -> bool:
-    """Whether the variable `name` holds at `at` what the script or its operator says, or was held against a pattern.
+# What holds a variable against something: a pattern, a list, another value, or a function that is called a check.
+_CHECKS = tuple(
+    re.compile(pattern, re.MULTILINE)
+    for pattern in (
+        r"\$\{?(\w+)(?:,,|\^\^)?\}?\"?\s*=~",
+        r"\$\{?(\w+)(?:,,|\^\^)?\}?\"?\s+(?:==|!=|=)\s+(?!\"?-)[^\s&|]{0,120}[*\[?]",
+        r"\[{1,2}\s[^\n]{0,120}?\$\{?(\w+)\}?\"?\s+==?\s+\"?\$\{?\w",
+        r"\bcase\s+\"?\$\{?(\w+)(?:,,|\^\^)?\}?\"?\s+in\b(?!\s*[\"']?[\w-]+=)",  # `name=*)` takes a pair apart
+        r"\$\{?(\w+)\}?\"?\s*\|\s*(?:LC_ALL=C\s+)?grep\s+-\w*q",
+        r"\bgrep\s+-\w*q[^\n;|&]{0,120}<<<\s*\"?\$\{?(\w+)",
+        r"\$\{\w+\[[\"']?\$\{?(\w+)\}?[\"']?\]|-v\s+[\"']?\w+\[[\"']?\$\{?(\w+)",
+        r"10#\$?\{?(\w+)",
+        r"\bprintf\s+-v\s+(\w+)\s+[\"']?[^\n%]{0,40}%[-0-9]{0,4}[qd]",
+        r"\(\(\s*(\w+)\s*=(?!=)|\b(?:local|declare|typeset)\s+-\w*i\w*\s+(\w+)",
+    )
+)
+_CHECKED_BY = re.compile(
+    r"(?:^|[;&|!({]|\bif|\bthen|\bdo|\belse)\s*(?:\w+_)?(?:valid|check|require|assert|verif|sanit|is_|safe|allowed|known)\w*"
+    r"((?:[ \t]+[^\s;|&]{1,60}){1,4})|\bcheck-ref-format\b([^\n;|&]{0,80})",
+    re.MULTILINE,
+)
+# `$1` within a function is another one than outside: what stands at the beginning of a line is outside, most likely.
+_ARGUMENT_CHECK = re.compile(
+    r"^(?:if\s+!?\s*)?(?:\[\[[^\n]{0,120}?\$\{?(\d)\}?\"?\s*(?:=~|(?:==|!=|=)\s+(?!\"?-)[^\s&|]{0,120}[*\[?])|"
+    r"case\s+\"?\$\{?(\d)\}?\"?\s+in\b[^;]{0,120}\*(?:\[[!^]|/|\.\.))",
+    re.MULTILINE,
+)
+_SETTING = re.compile(
+    r"(?<![\w$.{-])([A-Za-z_]\w*)\+?=(?!=)(?=(\"(?:[^\"\\\n]|\\.){0,300}\"?|'[^'\n]{0,300}'|\([^)]{0,600}\)?|(?:\$\(|`)[^\n]{0,300}|[^\s;]{0,300}))|"
+    r"\bfor\s+(\w+)\s+in\s([^\n;]{0,300})|\bread\s([^\n;|<]{0,120})"
+)
 
-    Without `environment` a variable that is never set counts as not settled: it may be empty.
-    """
-    if _OWN_VARIABLES.fullmatch(name):
-        return True
-    if depth == 0:
-        return False
-    if name.isdigit():
-        return _checks_of(name).search(code) is not None or _is_argument_settled(
-            int(name), code, at, environment, depth - 1
+
+class Script:
+    """One text, and what was found out about its variables; each pass over it is made once, when it is first asked."""
+
+    def __init__(self, code: str) -> None:
+        self._code = code[:_MAX_CODE_CHARS]
+        self._known: dict[tuple[str, int, bool], bool] = {}
+        self._checked: set[str] | None = None
+        self._settings: dict[str, list[tuple[int, str | None]]] = {}
+        self._functions: list[tuple[int, int, str]] = []
+
+    def _look(self) -> None:
+        code = self._code
+        checked = {name for check in _CHECKS for m in check.finditer(code) for name in m.groups() if name}
+        checked = {name for name in checked if not name.isdigit()}
+        for match in _CHECKED_BY.finditer(code):
+            checked.update(found[1] for found in _VARIABLE.finditer(match[1] or match[2] or ""))
+        checked.update(name for m in _ARGUMENT_CHECK.finditer(code) for name in m.groups() if name)
+        self._checked = checked
+        for match in _SETTING.finditer(code):
+            if match[5] is not None:
+                for name in re.findall(r"[A-Za-z_]\w*", match[5]):
+                    self._settings.setdefault(name, []).append((match.start(), None))
+            else:
+                self._settings.setdefault(match[1] or match[3], []).append((match.start(), match[2] or match[4] or ""))
+        ends = [match.start() for match in _FUNCTION_END.finditer(code)]
+        for match in _FUNCTION.finditer(code):
+            if match[2].rstrip().endswith(("}", ")")):
+                end = match.end()
+            else:
+                after = bisect_right(ends, match.end())
+                end = ends[after] if after < len(ends) else len(code)
+            self._functions.append((match.start(), end, match[1]))
+
+    def is_settled(self, name: str, at: int, *, environment: bool = True, depth: int = 4) -> bool:
+        """Whether the variable `name` holds at `at` what the script or its operator says, or was held against a pattern.
+
+        Without `environment` a variable that is never set counts as not settled: it may be empty.
+        """
+        if _OWN_VARIABLES.fullmatch(name):
+            return True
+        if depth == 0 or not (name.isdigit() or name.isidentifier()):
+            return False
+        if self._checked is None:
+            self._look()
+        if name in (self._checked or ()):
+            return True
+        around = bisect_right(self._functions, at, key=lambda function: function[0]) - 1 if name.isdigit() else -1
+        key = (name, around, environment)
+        known = self._known.get(key)
+        if known is None:
+            if len(self._known) >= _MAX_LOOKUPS:
+                return False
+            self._known[key] = False  # what is set to itself by way of others is not
+            known = self._known[key] = self._find(name, at, around, environment, depth)
+        return known
+
+    def _find(self, name: str, at: int, around: int, environment: bool, depth: int) -> bool:
+        if name.isdigit():
+            if around < 0 or at > self._functions[around][1]:
+                return False
+            return self._is_argument_settled(int(name), self._functions[around][2], environment, depth - 1)
+        given = self._settings.get(name)
+        if not given:
+            return environment and is_environment(name)
+        return all(
+            text is not None and self._is_text_settled(text, start, name, environment, depth - 1)
+            for start, text in given[:_MAX_SETTINGS]
         )
-    if not name.isidentifier():
-        return False
-    if _checks_of(name).search(code):
+
+    def are_settled(self, text: str, at: int) -> bool:
+        """Whether `text` names variables, and all of them are settled."""
+        inputs = _INPUT.findall(text)
+        if inputs:
+            return all(name and _is_input_checked(name, self._code) for name in set(inputs))
+        if _VARIABLE.search(text) is None or re.search(r"\$\{?[@*]", text):
+            return False
+        return all(self.is_settled(other[1], at) for other in _VARIABLE.finditer(text))
+
+    def _is_text_settled(self, text: str, at: int, name: str, environment: bool, depth: int) -> bool:
+        if _NUMBERS_AND_FACTS.match(text) or _CLEANED.search(text):
+            return True
+        text = _COUNT.sub("", text)
+        if _FOR_ALL_TO_WRITE.match(text) or _OPEN_ENDED.search(text):
+            return False
+        for other in _VARIABLE.finditer(text):
+            if other[1] == name:  # `API=${API:-https://…}`
+                if f"{{{name}:" in text and _GIVEN_BY_OTHERS.search(name):
+                    return False
+                continue
+            if not self.is_settled(other[1], at, environment=environment, depth=depth):
+                return False
         return True
-    given = list(_settings_of(name).finditer(code, 0, _MAX_CODE_CHARS))[:_MAX_SETTINGS]
-    if not given:
-        return environment and is_environment(name)
-    for match in given:
-        if match[2]:
-            return False
-        if not _is_text_settled(match[1] or match[4] or "", code, match.start(), name, environment, depth - 1):
-            return False
-    return True
+
+    def _is_argument_settled(self, number: int, function: str, environment: bool, depth: int) -> bool:
+        """Whether every call of `function` gives its argument `number` a settled text."""
+        seen = False
+        for count, call in enumerate(_calls_of(function).finditer(self._code)):
+            if count >= _MAX_SETTINGS:
+                return False
+            words: list[str] = []
+            position = call.end()
+            if self._code[position : position + 3].lstrip().startswith("("):
+                continue  # where it is defined
+            while len(words) < number and (word := _WORD.match(self._code, position)):
+                words.append(word[1])
+                position = word.end()
+            seen = True
+            if len(words) >= number:
+                text = words[number - 1]
+                if not text.startswith("'") and not self._is_text_settled(text, call.start(), "", environment, depth):
+                    return False
+            elif any("@" in word or "*" in word for word in words):
+                return False
+        return seen
 
 
 def is_environment(name: str) -> bool:
@@ -67,12 +189,8 @@ def is_environment(name: str) -> bool:
     return _ENVIRONMENT.fullmatch(name) is not None and not _GIVEN_BY_OTHERS.search(name)
 
 
-def are_settled(text: str, code: str, at: int) -> bool:
-    """Whether `text` names variables, and all of them are settled."""
-    inputs = _INPUT.findall(text)
-    if inputs:
-        return all(name and _is_input_checked(name, code) for name in inputs)
-    return _VARIABLE.search(text) is not None and _is_text_settled(text, code, at, "", True, 4, listed=True)
+def _calls_of(function: str) -> re.Pattern[str]:
+    return re.compile(rf"(?m)(?:^|[;&|({{!]|\bif|\bthen|\bdo|\belse|\bwhile|`)[ \t]*{re.escape(function)}(?![\w=-])")
 
 
 def _is_input_checked(name: str, code: str) -> bool:
@@ -85,98 +203,4 @@ def _is_input_checked(name: str, code: str) -> bool:
             re.DOTALL,
         )
         is not None
-    )
-
-
-def _is_text_settled(
-    text: str, code: str, at: int, name: str, environment: bool, depth: int, *, listed: bool = False
-) -> bool:
-    if not listed and (_NUMBERS_AND_FACTS.match(text) or _CLEANED.search(text)):
-        return True
-    if _FOR_ALL_TO_WRITE.match(text):
-        return False
-    text = _COUNT.sub("", text)
-    if re.search(r"\$\{?[@*]", text) if listed else _OPEN_ENDED.search(text):
-        return False
-    for other in _VARIABLE.finditer(text):
-        if other[1] == name:  # `API=${API:-https://…}`
-            if f"{{{name}:" in text and _GIVEN_BY_OTHERS.search(name):
-                return False
-            continue
-        if not is_settled(other[1], code, at, environment=environment, depth=depth):
-            return False
-    return True
-
-
-def _is_argument_settled(number: int, code: str, at: int, environment: bool, depth: int) -> bool:
-    """Whether every call of the function around `at` gives its argument `number` a settled text."""
-    around = None
-    for match in _FUNCTION.finditer(code, 0, at):
-        around = match
-    if around is None or depth <= 0:
-        return False
-    if around[2].rstrip().endswith(("}", ")")):
-        if code.find("\n", around.end()) < at and "\n" in code[around.end() : at]:
-            return False  # a function of one line, before
-    elif _FUNCTION_END.search(code, around.end(), at):
-        return False
-    calls = list(_calls_of(around[1]).finditer(code, 0, _MAX_CODE_CHARS))[:_MAX_SETTINGS]
-    seen = False
-    for call in calls:
-        words: list[str] = []
-        position = call.end()
-        while len(words) < number and (word := _WORD.match(code, position)):
-            words.append(word[1])
-            position = word.end()
-        if code[call.end() : call.end() + 3].lstrip().startswith("("):
-            continue  # where it is defined
-        seen = True
-        if len(words) >= number:
-            text = words[number - 1]
-            if not text.startswith("'") and not _is_text_settled(text, code, call.start(), "", environment, depth):
-                return False
-        elif any("@" in word or "*" in word for word in words):
-            return False
-    return seen
-
-
-@lru_cache(maxsize=512)
-def _calls_of(function: str) -> re.Pattern[str]:
-    return re.compile(rf"(?m)(?:^|[;&|({{!]|\bif|\bthen|\bdo|\belse|\bwhile|`)[ \t]*{re.escape(function)}(?![\w=-])")
-
-
-@lru_cache(maxsize=512)
-def _checks_of(name: str) -> re.Pattern[str]:
-    """Return what finds a check of a variable against a pattern, in a list or by a function that is called a check."""
-    word = rf"\$\{{?{re.escape(name)}(?:,,|\^\^)?\}}?"
-    start = r"(?m)^(?:if\s+!?\s*)?" if name.isdigit() else ""  # `$1` within a function is another one
-    reject = r"[^;]{0,120}\*(?:\[[!^]|/|\.\.)" if name.isdigit() else ""
-    plain = re.escape(name)
-    checks = [
-        rf"{start}\[\[[^\n]{{0,200}}?{word}\"?\s*=~",
-        rf"{start}\[\[[^\n]{{0,200}}?{word}\"?\s*(?:==|!=|=)\s*(?!\"?-)[^\s&|]{{0,120}}[*\[?]",
-        rf"{start}\[{{1,2}}\s[^\n]{{0,120}}?{word}\"?\s*==?\s*\"?\$\{{?\w",
-        rf"{start}\bcase\s+\"?{word}\"?\s+in\b(?!\s*[\"']?[\w-]+=){reject}",  # `name=*)` takes a pair apart
-        rf"(?m)(?:^|[;&|!({{]|\bif|\bthen|\bdo|\belse)\s*(?:\w+_)?(?:valid|check|require|assert|verif|sanit|is_|safe|allowed|known)\w*(?:[ \t]+[^\s;|&]{{1,60}}){{0,3}}?[ \t]+\"?{word}(?!\w)",
-        rf"check-ref-format\b[^\n;|&]{{0,80}}{word}(?!\w)",
-        rf"{word}\"?\s*\|\s*(?:LC_ALL=C\s+)?grep\s+-\w*q|\bgrep\s+-\w*q[^\n;|&]{{0,120}}<<<\s*\"?{word}",
-        rf"\$\{{\w+\[[\"']?{word}[\"']?\]|-v\s+[\"']?\w+\[[\"']?{word}",
-    ]
-    if not name.isdigit():
-        checks += [
-            rf"10#\$?\{{?{plain}\b",
-            rf"\bprintf\s+-v\s+{plain}\s+[\"']?[^\n%]{{0,40}}%[-0-9]{{0,4}}[qd]",
-            rf"\(\(\s*{plain}\s*=|\b(?:local|declare|typeset)\s+-\w*i\w*\s+(?:\w+(?:=\S{{0,80}})?\s+){{0,4}}{plain}\b",
-        ]
-    return re.compile("|".join(f"(?:{check.replace('(?m)', '')})" for check in checks), re.MULTILINE)
-
-
-@lru_cache(maxsize=512)
-def _settings_of(name: str) -> re.Pattern[str]:
-    """Return what finds what a variable is set to: its text, or the words of a loop; group 2 where it is read."""
-    word = re.escape(name)
-    return re.compile(
-        rf"(?<![\w$.{{-]){word}\+?=(\"(?:[^\"\\\n]|\\.){{0,300}}\"?|'[^'\n]{{0,300}}'|\([^)]{{0,600}}\)?|(?:\$\(|`)[^\n]{{0,300}}|[^\s;]{{0,300}})|"
-        rf"\bread\s[^\n;|]{{0,120}}\b({word})\b|"
-        rf"\bfor\s+({word})\s+in\s([^\n;]{{0,300}})"
     )
