@@ -14,7 +14,7 @@ _PLACEHOLDER = re.compile(
     r"^test[-_]?\d{1,4}!?$|"
     r"^env[.:(]|process\.env|os\.(?:environ|getenv)|getenv|^vault:|^secret(?:s|manager)?[:/]|^arn:|^ref\+|^op://|^file:|^/run/secrets|^@|"
     r"0123456789|1234567890|abcdefghij|deadbeef|not[-_ ]?(?:a[-_ ])?(?:real|secret|set)|"
-    r"^#\{|^\{[a-z_.()]+\}$|\$\{\{|^var\.|^local\.|^data\.|^module\.|^!|^&|^\(|^\[|notasecret|no[-_]?password|\bmock"
+    r"^#\{|^\{[a-z_.()]+\}$|\$\{\{|^var\.|^local\.|^data\.|^module\.|^!|^&|^\(|^\[|notasecret|^(?:wrong|bad|invalid|incorrect)[-_ ]|no[-_]?password|\bmock"
 )
 _KNOWN_PUBLIC = (
     "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJzdWIiOiIxMjM0NTY3ODkw",  # the example on every JWT page
@@ -29,7 +29,7 @@ _KEY_NOT_SECRET = re.compile(
     r"encoder|hasher|service|helper|handler|validator|callback|bucket|topic|table|tokens|tokenizer|ization)$|"
     r"^(?:pad|eos|bos|unk|mask|sep|cls|csrf|next|page|pagination|continuation|sync|delta|cursor|resume|stop|creation|design|cancel(?:lation)?|num|max|min|total|public|is|has|no|"
     r"require|require[sd]|forgot|reset|change|show|toggle|hide|update|validate|verify|invalid|missing|wrong|bad)[_-]?"
-    r"(?:.*)?(?:token|password|key|secret|credentials?)s?$|public[_.-]?key|author|authority|authenticated|authentication$"
+    r"(?:.*)?(?:token|password|key|secret|credentials?)s?$|public[_.-]?key|compass|bypass|passenger|passport|^pass_(?:rate|count|ratio|mark|score)|author|authority|authenticated|authentication$"
 )
 # A key that opens nothing: it finds a row, a text, a cached thing, or is shown to every visitor.
 _KEY_OF_A_THING = re.compile(
@@ -60,7 +60,7 @@ _NUMBER = re.compile(r"^(?:0x[0-9a-fA-F_]{1,16}|\d[\d_.]*)[uUlLnf]{0,3}$")
 # What names a thing and is none: a version, a date, a URN, an algorithm, the path of a resource with words in it.
 _NAMES_A_THING = re.compile(
     r"^(?:pk_(?:live|test)|sb_publishable)_|^(?:SHA256|MD5|sha256/)[:/]?|^6L[a-zA-Z0-9][\w-]{37}$|"  # shown to everybody
-    r"^[~^]?\d+(?:\.\d+){1,3}(?:-[\w.]+)?$|^\d{4}-\d\d-\d\d(?:T[\d:.]+Z?)?$|^urn:|"
+    r"^_?[A-Za-z]{3,40}(?:Password|Key|Token|Secret)$|^[~^]?\d+(?:\.\d+){1,12}(?:-[\w.]+)?$|^\d{4}-\d\d-\d\d(?:T[\d:.]+Z?)?$|^urn:|"
     r"(?i:^(?:scram-)?(?:sha|aes|hs|rs|es|md)-?\d{1,3}(?:-[a-z]+)*$)|^(?:[\w*.-]*/)*[a-z]{3,20}/(?:[\w*.-]+/)*[a-z]{3,20}/"
 )
 _IDENTIFIER = re.compile(r"^[A-Za-z_$][\w$]*(?:(?:!?\.|\?\.|->|::)[A-Za-z_$][\w$]*)*(?:\(|\[|;|,|$)")
@@ -125,6 +125,8 @@ def _is_named_secret(key: str, value: str, *, quoted: bool, alone: bool = False)
         or (is_monotone(value) and len(value) > 5)
     ):
         return False
+    if not quoted and len(key) > 4 and value.lower().startswith(key.rpartition(".")[2].lower()):
+        return False  # `authToken: authTokenOfHeader2`
     has_digit = any(c.isdigit() for c in value)
     shell = not quoted and key.isupper() and has_digit and len(value) >= 8 and _PASSWORD_NAME.search(key)
     if (
