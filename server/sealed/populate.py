@@ -19,13 +19,17 @@ _STEP_BYTES: Final = 8 << 20
 # Clearing a large page takes a tenth of it. A virtual machine that gave its free memory back to its host waits for each
 # page of it again, and has small ones that it did not give back.
 _SLOW_S_A_PAGE: Final = 1e-3
+# More than such a machine has of small ones. And then most tensors are large: all threads decrypt each of them, and
+# touch its pages as they go.
+_MUCH_BYTES: Final = 1 << 30
 
 
 class Populated:
     """Makes ranges of memory present, the last first: who fills them begins at the other end, and they meet half-way.
 
     What is there already is left alone, whatever it holds, so it does not matter who comes first. Where the kernel does
-    not know how (before 5.14) or has no large pages, nothing is different but the time.
+    not know how (before 5.14) or has no large pages, nothing is different but the time. Of much memory nothing is made
+    present: large pages are asked for, and that is all.
 
     Args:
         ranges: (address, bytes) of each; must stay allocated until `close`.
@@ -36,11 +40,12 @@ class Populated:
         self._ranges = [(address, num_bytes) for address, num_bytes in ranges if num_bytes]
         self._is_closed = False
         self._futures: list[Future[None]] = []
-        self._are_large = self._try_large_page()
+        is_much = sum(num_bytes for _, num_bytes in self._ranges) >= _MUCH_BYTES
+        self._are_large = is_much or self._try_large_page()
         if self._are_large:
             for address, num_bytes in self._ranges:
                 advise_huge_pages(address, num_bytes)
-        if pool is not None:
+        if pool is not None and not is_much:
             for address, num_bytes in reversed(self._ranges):
                 for offset in reversed(range(0, num_bytes, _STEP_BYTES)):
                     step = min(_STEP_BYTES, num_bytes - offset)

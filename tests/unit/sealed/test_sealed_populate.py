@@ -132,6 +132,16 @@ def test_once_large_pages_come_slowly_no_more_are_asked_for(monkeypatch: pytest.
     assert kernel.asked == [True, True, False]
 
 
+def test_much_memory_gets_large_pages_as_it_is_filled(
+    pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        kernel = Kernel(patch, [])
+        with Populated([(1 << 40, 1 << 30), (1 << 41, MIB)], pool):
+            pool.shutdown()
+    assert kernel.asked == [True, True]
+
+
 def test_a_kernel_that_can_not_is_no_error(pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
     class Libc:
         @staticmethod
