@@ -13,6 +13,12 @@ MAX_WORD_CHARS = 200
 MAX_BLANK_CHARS = 80
 MAX_LINE_CHARS = 300
 _OPEN_END = re.compile(r"\{(\d{1,3}),\}([?+]?)\Z")
+# what may be missing, and then one character that must be there and is no letter
+_NO_LETTER = r"(?:\\[^\w\s]|[-<>=,;:&%!\"'/@~#]|\[(?:[^\w\\^\]]|\\[^\w\s])(?:[^\w\\\]]|\\[^\w\s])*\])"
+_AFTER_WORD = re.compile(
+    rf"\)*+(?:\\s\*[?+]?|{_NO_LETTER}[?*]\+?|\(\?:(?:->\|\\\.|\\\.\|->)\)\?)*"
+    rf"(?:{_NO_LETTER}|\\s(?!\*)|\(\?:(?:->\|\\\.|\\\.\|->)\))"
+)
 _WORD_ATOMS = frozenset({r"\w", r"\s", r"\d", r"\S", r"\W", r"\D"})
 
 
@@ -31,7 +37,7 @@ def bounded(pattern: str) -> str:
             if pattern[position : position + 1] in ("?", "+"):
                 out.append(pattern[position])
                 position += 1
-            elif atom == r"\s" and _is_mark(pattern, position):
+            elif (atom == r"\s" and _is_mark(pattern, position)) or (atom == r"\w" and _ends_word(pattern, position)):
                 out.append("+")
             atom = ""
             continue
@@ -67,6 +73,15 @@ def _is_mark(pattern: str, position: int) -> bool:
         if pattern[position : position + 3] in (r"\s*", r"\s+"):
             return _is_mark(pattern, position + 3 + (pattern[position + 3 : position + 4] in ("?", "+")))
     return False
+
+
+def _ends_word(pattern: str, position: int) -> bool:
+    r"""Whether what follows `\w+` at `position` begins with no letter, so that none before it is given back.
+
+    `(\w+)\s*=` would else be tried with every beginning of every word that no `=` follows.
+    """
+    found = _AFTER_WORD.match(pattern, position)
+    return found is not None and pattern[found.end() : found.end() + 1] not in ("?", "*", "{")
 
 
 def _atom(pattern: str, position: int) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from server.guard import advisories, assembled, languages, licence, manifests, origins, packages, plain
 from server.guard.flow import Flow
-from server.guard.literals import can_match
+from server.guard.literals import Text
 from server.guard.repeats import is_ambiguous, literal_in
 from server.guard.rules import load_language
 from server.guard.tree import Tree, has_grammar, mask_of_broken, parsed
@@ -172,10 +172,10 @@ def _patterns(
     facts: dict[int, bool] = {}
     statements: assembled.Statements | None = None
     seen: set[tuple[int, int]] = set()  # pieces of statements, each of which may be run in more places than one
-    low = code.lower()
+    words = Text(code.lower())
     script = origins.Script(code)
     for pattern in rules.patterns:
-        if pattern.match is None or not can_match(pattern.needs, low):
+        if pattern.match is None or not words.holds(pattern.needs):
             continue
         if not _file_fits(pattern, code, facts):
             continue

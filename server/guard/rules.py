@@ -15,6 +15,7 @@ import yaml
 from server.errors import ConfigError
 from server.guard.bounds import bounded
 from server.guard.literals import Needs, required_words
+from server.guard.openings import opened
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -371,6 +372,7 @@ def _compile(path: Path, pattern: str) -> re.Pattern[str]:
         if mark in pattern:  # anywhere in a rule they mean the whole of it
             pattern, flags = pattern.replace(mark, ""), flags | flag
     try:
-        return re.compile(bounded(pattern), flags)
+        pattern = bounded(pattern)
+        return re.compile(pattern if flags & re.IGNORECASE else opened(pattern), flags)
     except re.error as err:
         raise ConfigError(f"{path}: the pattern {pattern!r} does not compile: {err}") from err
