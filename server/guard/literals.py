@@ -28,10 +28,12 @@ _COMMON = b"etrinsaoclud.(pmg)fbh:>_yvkwxjqz"  # from the commonest in code to t
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Words:
-    """Words of which a text must hold one, and four bytes of each; None where some word has fewer."""
+    """Words of which a text must hold one: by four bytes of each, and those that have fewer."""
 
     words: tuple[str, ...]
-    grams: frozenset[int] | None
+    short: tuple[str, ...]
+    grams: frozenset[int]
+    by_gram: dict[int, list[str]]
 
 
 Needs = tuple[Words, ...]
@@ -48,6 +50,7 @@ class Text:
     def __init__(self, low: str) -> None:
         self._low = low
         self._known: dict[Words, bool] = {}
+        self._short: dict[str, bool] = {}
         self._grams: set[int] = set()
         data = memoryview(low.encode("latin-1", "replace"))
         for start in range(_GRAM_BYTES):
@@ -67,9 +70,15 @@ class Text:
         return True
 
     def _find(self, need: Words) -> bool:
-        if need.grams is not None and need.grams.isdisjoint(self._grams):
+        for word in need.short:
+            held = self._short.get(word)
+            if held is None:
+                held = self._short[word] = word in self._low
+            if held:
+                return True
+        if need.grams.isdisjoint(self._grams):
             return False
-        return any(map(self._low.__contains__, need.words))
+        return any(word in self._low for gram in need.grams & self._grams for word in need.by_gram[gram])
 
 
 def required_words(patterns: Iterable[re.Pattern[str]]) -> Needs:
@@ -87,8 +96,12 @@ def required_words(patterns: Iterable[re.Pattern[str]]) -> Needs:
 
 def _words(words: tuple[str, ...]) -> Words:
     if words not in _made:
-        grams = None if min(map(len, words)) < _GRAM_BYTES else frozenset(map(_gram, words))
-        _made[words] = Words(words, grams)
+        by_gram: dict[int, list[str]] = {}
+        for word in words:
+            if len(word) >= _GRAM_BYTES:
+                by_gram.setdefault(_gram(word), []).append(word)
+        short = tuple(word for word in words if len(word) < _GRAM_BYTES)
+        _made[words] = Words(words, short, frozenset(by_gram), by_gram)
     return _made[words]
 
 
@@ -115,6 +128,9 @@ def _of_sequence(items: list[Any]) -> list[frozenset[str]]:
     for op, value in [*items, (None, None)]:
         if op is not None and str(op) in _ZERO_WIDTH:
             continue
+        if op is _c.ASSERT:  # what a match looks at stands in the text as well
+            needs += _of_sequence(list(value[1]))
+            continue
         spelt = _spellings(op, value)
         if spelt is not None and len(run) * len(spelt) <= _MAX_SPELLINGS:
             run = frozenset(before + after for before in run for after in spelt)
@@ -122,9 +138,7 @@ def _of_sequence(items: list[Any]) -> list[frozenset[str]]:
         if min(map(len, run)) >= _MIN_CHARS:
             needs.append(run)
         run = frozenset({""})
-        if op is _c.ASSERT:  # what a match looks at stands in the text as well
-            needs += _of_sequence(list(value[1]))
-        elif spelt is not None and len(spelt) <= _MAX_SPELLINGS:
+        if spelt is not None and len(spelt) <= _MAX_SPELLINGS:
             run = spelt
         elif op is not None:
             needs += _of_item(op, value)
