@@ -672,11 +672,17 @@ class Flow:
         return (sink.danger == BITS["path"] and not value.built) or (sink.danger == BITS["html"] and sink.call is None)
 
     def _is_only_called_here(self, node: Node, roots: Iterable[str]) -> bool:
-        """Whether `roots` are texts that a `static` function of C around `node` gets, and this file has all calls of it."""
+        """Whether `roots` are texts that a function of C around `node` gets, and this file has all calls of it.
+
+        It has them of a `static` function, and of all where the file is a whole program.
+        """
         if self._tree.language not in ("c", "cpp"):
             return False
         scope = self._function_around(node)
-        if scope is None or not re.match(r"(?:inline\s+)?static\b", self._tree.code[scope.start : scope.start + 20]):
+        if scope is None:
+            return False
+        is_static = re.match(r"(?:inline\s+)?static\b", self._tree.code[scope.start : scope.start + 20])
+        if not is_static and not re.search(r"int main\s*\(", self._tree.masked):
             return False
         texts = {f"{name}@{scope.start}" for name, text in parameters(scope, self._tree) if _TEXT.search(text)}
         if not all(root.strip("!~_?") in texts for root in roots):
@@ -727,6 +733,8 @@ class Flow:
 
     def _declaration(self, node: Node) -> Value:
         """C++: `std::ifstream in(path, std::ios::binary);` reads as the declaration of a function, and is a call."""
+        if node.parent is not None and node.parent.kind == "condition_clause" and node.field("value") is not None:
+            return self._assign(node)  # `if (auto found = look(name))`
         declared = node.first("function_declarator")
         made = node.field("type") if declared is not None else None
         if made is None or declared is None or node.parent is None or node.parent.kind != "compound_statement":
