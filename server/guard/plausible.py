@@ -35,7 +35,7 @@ _KEY_NOT_SECRET = re.compile(
 _KEY_OF_A_THING = re.compile(
     r"(?i)(?:^|[_.-]|(?<=[a-z]))(?:partition|sort|range|cache|redis|s3|object|blob|row|primary|foreign|unique|composite|idempotency|"
     r"dedup\w{0,12}|routing|ordering|grouping?|translation|i18n|hot|shortcut|map|lookup|lock|shard|websocket|state|"
-    r"publishable|site|metric|upload|item|record|registry|config|setting|feature|flag|event|message)[_.-]?key$"
+    r"publishable|site|metric|upload|file|document|folder|issue|project|node|query|item|record|registry|config|setting|feature|flag|event|message)[_.-]?key$"
 )
 _NAMED_KEY = re.compile(
     r"(?i)pass|pwd|secret|token|credential|bearer|mnemonic|seed|auth|_pw|pin|"
@@ -56,6 +56,8 @@ _PARTS = re.compile(
 _WITHIN_ARN = re.compile(r"\barn:aws[\w:/.-]{0,200}\Z")
 _PROPERTY_LINE = re.compile(r"\s{0,40}(?:export\s{1,4})?[A-Za-z][\w.-]{0,120}(?:=|:\s(?=\D*\d\D*\d))\S{8,512}\s{0,40}")
 _PATH_OF_NAMES = re.compile(r"^[A-Za-z_]\w*(?:(?:\.|::|->)~?[A-Za-z_]\w*)+$")
+# What a plain `key:` names far more often than a secret: the sum of what is cached, fetched or looked up under it.
+_SUM = re.compile(r"^(?:[0-9a-f]{32}|[0-9a-f]{40}|[0-9a-f]{64})$")
 _NUMBER = re.compile(r"^(?:0x[0-9a-fA-F_]{1,16}|\d[\d_.]*)[uUlLnf]{0,3}$")
 # What names a thing and is none: a version, a date, a URN, an algorithm, the path of a resource with words in it.
 _NAMES_A_THING = re.compile(
@@ -112,6 +114,8 @@ def _is_named_secret(key: str, value: str, *, quoted: bool, alone: bool = False)
     """
     value = value.strip()
     if len(value) < (4 if quoted else 6) or _KEY_NOT_SECRET.search(key) or _PLACEHOLDER.search(value):
+        return False
+    if not quoted and key.strip(" \"'").lower() == "key" and _SUM.match(value):
         return False
     if _KEY_OF_A_THING.search(key) or (_PARTS.match(value) and not _NAMED_KEY.search(key)):
         return False

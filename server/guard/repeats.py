@@ -92,9 +92,10 @@ class _Automaton:
             elif sign not in ("*", "+", "?") or not sign:
                 return part
             self.at += 1
-            if self._peek() == "?" or (self._peek() == "+" and sign in "*+?"):
+            kept = self._peek() == "+"  # a possessive one gives nothing back, so that there is no second way
+            if kept or self._peek() == "?":
                 self.at += 1
-            if high is None or high >= _LOOPS_FROM:
+            if not kept and (high is None or high >= _LOOPS_FROM):
                 self._join(part.last, part.first)
             part = _Part(part.empty or low == 0, part.first, part.last)
 
