@@ -19,6 +19,7 @@ _PLACEHOLDER = re.compile(
 _KNOWN_PUBLIC = (
     "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJzdWIiOiIxMjM0NTY3ODkw",  # the example on every JWT page
     "4eC39HqLyjWDarjtT1zdp7dc",  # Stripe's documented test key
+    "QWxhZGRpbjpvcGVuIHNlc2FtZQ",  # Aladdin:open sesame, of the standard for it
 )
 _KEY_NOT_SECRET = re.compile(
     r"(?i)(?:name|field|header|url|uri|path|file|filename|dir|_id|Id|env|_?var|type|len|length|size|ttl|expiry|expires?|"
@@ -62,10 +63,11 @@ _NUMBER = re.compile(r"^(?:0x[0-9a-fA-F_]{1,16}|\d[\d_.]*)[uUlLnf]{0,3}$")
 # What names a thing and is none: a version, a date, a URN, an algorithm, the path of a resource with words in it.
 _NAMES_A_THING = re.compile(
     r"^(?:pk_(?:live|test)|sb_publishable)_|^(?:SHA256|MD5|sha256/)[:/]?|^6L[a-zA-Z0-9][\w-]{37}$|"  # shown to everybody
-    r"^_?[A-Za-z]{3,40}(?:Password|Key|Token|Secret)$|^[~^]?\d+(?:\.\d+){1,12}(?:-[\w.]+)?$|^\d{4}-\d\d-\d\d(?:T[\d:.]+Z?)?$|^urn:|"
+    r"^_?[A-Za-z][A-Za-z0-9]{2,39}(?:Password|Key|Token|Secret)$|^(?i:utf|latin|iso|cp|ascii|us|windows)-?_?(?:ascii|\d{1,5}(?:[-_]\d{1,2})?)(?:-sig)?$|^[~^]?\d+(?:\.\d+){1,12}(?:-[\w.]+)?$|^\d{4}-\d\d-\d\d(?:T[\d:.]+Z?)?$|^urn:|"
     r"(?i:^(?:scram-)?(?:sha|aes|hs|rs|es|md)-?\d{1,3}(?:-[a-z]+)*$)|^(?:[\w*.-]*/)*[a-z]{3,20}/(?:[\w*.-]+/)*[a-z]{3,20}/"
 )
 _IDENTIFIER = re.compile(r"^[A-Za-z_$][\w$]*(?:(?:!?\.|\?\.|->|::)[A-Za-z_$][\w$]*)*(?:\(|\[|;|,|$)")
+_ITEM = re.compile(r"^[A-Za-z_][\w.]*\[(?:\w{1,20})?\]?")
 _HASHES = re.compile(
     r"^\$(?:2[abxy]?|1|5|6|argon2\w*|apr1|pbkdf2[\w-]*|scrypt|y)\$|^\{(?:SSHA|SHA|bcrypt|noop)\}|^pbkdf2_sha256\$|^pbkdf2:|^scrypt:|^sha(?:256|512)[:-]"
 )
@@ -149,7 +151,7 @@ def _is_named_secret(key: str, value: str, *, quoted: bool, alone: bool = False)
             return named and len(set(words)) > len(words) // 2
         if "{" in value or "%" in value[:1]:
             return False
-        if WORDY.match(value) or value.isdigit():
+        if WORDY.match(value.lstrip("_")) or value.isdigit():
             return value.count("-") >= 3 and len(value) >= 16
         return len(value) >= 6 or has_digit
     if " " in value or WORDY.match(value) or _WORDS.match(value) or "{" in value:
@@ -211,7 +213,10 @@ def is_context_secret(kind: str, match: re.Match[str], key: str) -> bool:
         return _is_said(value)
     if kind == "opaque":
         return (
-            not is_monotone(value) and entropy_bits(value) >= (2.5 if len(value) < 24 else 3.0) and not is_public(value)
+            not is_monotone(value)
+            and entropy_bits(value) >= (2.5 if len(value) < 24 else 3.0)
+            and not is_public(value)
+            and not (value.isalpha() and value.islower())  # `"Basic infrastructure`: a word, no base64
         )
     if kind == "login":
         return (
@@ -220,11 +225,13 @@ def is_context_secret(kind: str, match: re.Match[str], key: str) -> bool:
     if value.startswith(("$", "%", "{", "(", "@", ":", "`")) or is_monotone(value):
         return False
     if kind == "connection":
+        within = _CONNECTION.search(match.string, 0, match.start("v")) is not None
         if any(c.isdigit() for c in value):
-            return "(" not in value
-        if _CONNECTION.search(match.string, 0, match.start("v")):
+            return "(" not in value and (within or not _ITEM.match(value))
+        if within:
             return not WORDY.match(value) and entropy_bits(value) >= 2.8
-        return not WORDY.match(value) and not _IDENTIFIER.match(value + ";")
+        bare = value.rstrip("):,]")  # `def read(name, pwd=None):`
+        return not WORDY.match(bare) and not _IDENTIFIER.match(bare + ";")
     return not WORDY.match(value) and value.count(" ") < 2  # a sentence to the reader is none
 
 
