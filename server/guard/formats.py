@@ -202,7 +202,7 @@ CONTEXTS: tuple[Context, ...] = (
         r"(?i:(?:authorization[\"']?\s{0,3}[:=,]\s{0,3}[\"'`]?|[\"'`])basic\s{1,3})",
         r"[A-Za-z0-9+/=]",
         12,
-        "opaque",
+        "basic",
     ),
     Context(
         "bearer-header",
@@ -287,7 +287,7 @@ CONTEXTS: tuple[Context, ...] = (
     Context(
         "command-line-password",
         ("-pass", "-token", "-secret", "-api-key", "-client-secret"),
-        r"\s--?(?:password|passwd|pass|token|secret(?![ =][\"']?[a-z]{1,40}(?:[/-][a-z0-9]{1,40}){1,8}(?:[\s:\"',]|$))|api-key|passphrase|client-secret)[ =][\"']?(?!(?:id|type|src|source|env|target)=)",  # a build's `--secret id=`
+        r"\s--?(?:password|passwd|pass|token|secret(?![ =][\"']?[a-z]{1,40}(?:[/-](?:[a-z]{1,40}\d{0,2}|v?\d{1,4})){1,8}(?:[\s:\"',]|$))|api-key|passphrase|client-secret)[ =][\"']?(?!(?:id|type|src|source|env|target)=)",  # a build's `--secret id=`
         r"[^\s\"'`$|;<>{(]",
         6,
         "password",

@@ -7,15 +7,19 @@ import math
 import re
 from collections import Counter
 
+from server.guard.formats import NAME
+
 _PLACEHOLDER = re.compile(
     r"(?i)example|changeme|change[-_ ]me|your[-_ a-z]|yours?$|x{4,}|<[^>]*>|^\$|\$\{|\$\(|\{\{|%\(|%[sd]\b|placeholder|dummy|"
     r"\bfake|sample|redact|\*{3,}|\.{3,}|…|\btodo\b|insert[-_ ]|replace[-_ ]|^none$|^null$|^nil$|^undefined$|^true$|^false$|"
-    r"^(?:my|the|a|some|test|demo|new|old|user|db|app|default|root)?[-_ ]?(?:pass(?:word|wd|phrase)?|secret|token|api[-_ ]?key|key|credentials?)[-_]?\d{0,4}!?$|"
-    r"^test[-_]?\d{1,4}!?$|"
+    r"^(?:my|the|a|some|test|demo|new|old|user|db|app|default|root)?[-_ ]?(?:pass(?:word|wd|phrase)?|secret|token|api[-_ ]?key|key|credentials?)$|"
     r"^env[.:(]|process\.env|os\.(?:environ|getenv)|getenv|^vault:|^secret(?:s|manager)?[:/]|^arn:|^ref\+|^op://|^file:|^/run/secrets|^@|"
     r"0123456789|1234567890|abcdefghij|deadbeef|not[-_ ]?(?:a[-_ ])?(?:real|secret|set)|"
-    r"^#\{|^\{[a-z_.()]+\}$|\$\{\{|^var\.|^local\.|^data\.|^module\.|^!|^&|^\(|^\[|notasecret|^(?:wrong|bad|invalid|incorrect)[-_ ]|no[-_]?password|\bmock"
+    r"^#\{|^\{[a-z_.()]+\}$|\$\{\{|^var\.|^local\.|^data\.|^module\.|^!|^&|^\(|^\[|notasecret|^(?:wrong|bad|invalid|incorrect)(?:[-_ ][a-z]{1,20}){1,6}$|no[-_]?password|\bmock"
 )
+# What a plain `password = "test1234"` holds in a fixture; under a name that says whose it is, it is a weak password.
+_WEAK = re.compile(r"(?i)^(?:test|pass(?:word|wd)?|secret|token|key)[-_]?\d{1,4}!?$")
+_PLAIN_NAME = re.compile(r"(?i)(?:\w{1,20}\.)?(?:pass(?:word|wd)?|pwd|secret|token|key)[12]?")
 _KNOWN_PUBLIC = (
     "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJzdWIiOiIxMjM0NTY3ODkw",  # the example on every JWT page
     "4eC39HqLyjWDarjtT1zdp7dc",  # Stripe's documented test key
@@ -28,16 +32,22 @@ _KEY_NOT_SECRET = re.compile(
     r"strategy|title|description|text|error|status|state|rule|rules|min|max|public|enabled|required|index|parameter|param|"
     r"fingerprint|thumbprint|address|location|config|source|lifetime|age|template|view|form|input|element|selector|icon|button|link|_at|At|kind|role|"
     r"encoder|hasher|service|helper|handler|validator|callback|bucket|topic|table|tokens|tokenizer|ization)$|"
-    r"^(?:pad|eos|bos|unk|mask|sep|cls|csrf|next|page|pagination|continuation|sync|delta|cursor|resume|stop|creation|design|cancel(?:lation)?|num|max|min|total|public|is|has|no|"
-    r"require|require[sd]|forgot|reset|change|show|toggle|hide|update|validate|verify|invalid|missing|wrong|bad)[_-]?"
-    r"(?:.*)?(?:token|password|key|secret|credentials?)s?$|public[_.-]?key|compass|bypass|passenger|passport|^pass_(?:rate|count|ratio|mark|score)|author|authority|authenticated|authentication$"
+    # The place in a list, or what a flag asks for: whole words, so that MINIO_SECRET_KEY is no minimum.
+    r"^(?:(?:pad|eos|bos|unk|mask|sep|cls|csrf|next|page|pagination|continuation|cursor|sync|delta|resume|stop|creation|design|cancel(?:lation)?)"
+    r"(?:[_.-]?|(?-i:(?<=[a-z])(?=[A-Z])))){1,4}(?:token|key)s?$|"
+    r"^(?:num|max|min|total|public|is|has|no|require|require[sd]|forgot|reset|change|show|toggle|hide|update|validate|verify|invalid|missing|wrong|bad)"
+    r"(?:[_-]|(?-i:(?<=[a-z])(?=[A-Z]))|(?=token|password|key|secret|credential))(?:.*)?(?:token|password|key|secret|credentials?)s?$|"
+    r"public[_.-]?key|^pass_(?:rate|count|ratio|mark|score)s?$|author|authority|authenticated|authentication$"
 )
 # A key that opens nothing: it finds a row, a text, a cached thing, or is shown to every visitor.
 _KEY_OF_A_THING = re.compile(
-    r"(?i)(?:^|[_.-]|(?<=[a-z]))(?:partition|sort|range|cache|redis|s3|object|blob|row|primary|foreign|unique|composite|idempotency|"
-    r"dedup\w{0,12}|routing|ordering|grouping?|translation|i18n|hot|shortcut|map|lookup|lock|shard|websocket|state|"
-    r"publishable|site|metric|upload|file|document|folder|issue|project|node|query|item|record|registry|config|setting|feature|flag|event|message)[_.-]?key$"
+    r"(?i)(?:^|[_.-]|(?-i:(?<=[a-z0-9])(?=[A-Z])))(?:partition|sort|range|cache|object|blob|row|foreign|unique|composite|idempotency|"
+    r"dedup[a-z]{0,12}|routing|ordering|grouping?|translation|i18n|hot|shortcut|lookup|shard|websocket|"
+    r"publishable|site|metric|file|folder|issue|query|item|record|feature|flag|message)[_.-]?key$"
 )
+_SAYS_SECRET = re.compile(r"(?i)passw|passphrase|secret|private|api[_.-]?key")
+# Words that hold a credential's word and are none: what is left of the name has to promise one.
+_NO_PASS = re.compile(r"(?i)(?:en)?compass|bypass|passenger|passport")
 _NAMED_KEY = re.compile(
     r"(?i)pass|pwd|secret|token|credential|bearer|mnemonic|seed|auth|_pw|pin|"
     r"(?:api|access|private|encryption|signing|master|account|shared|service|client|license|webhook|app|hmac|aes|jwt|crypto?|"
@@ -62,10 +72,13 @@ _SUM = re.compile(r"^(?:[0-9a-f]{32}|[0-9a-f]{40}|[0-9a-f]{64})$")
 _NUMBER = re.compile(r"^(?:0x[0-9a-fA-F_]{1,16}|\d[\d_.]*)[uUlLnf]{0,3}$")
 # What names a thing and is none: a version, a date, a URN, an algorithm, the path of a resource with words in it.
 _NAMES_A_THING = re.compile(
-    r"^(?:pk_(?:live|test)|sb_publishable)_|^(?:SHA256|MD5|sha256/)[:/]?|^6L[a-zA-Z0-9][\w-]{37}$|"  # shown to everybody
-    r"^_?[A-Za-z][A-Za-z0-9]{2,39}(?:Password|Key|Token|Secret)$|^(?i:utf|latin|iso|cp|ascii|us|windows)-?_?(?:ascii|\d{1,5}(?:[-_]\d{1,2})?)(?:-sig)?$|^[~^]?\d+(?:\.\d+){1,12}(?:-[\w.]+)?$|^\d{4}-\d\d-\d\d(?:T[\d:.]+Z?)?$|^urn:|"
+    r"^(?:pk_(?:live|test)|sb_publishable)_|^(?:SHA256:|sha256/)[A-Za-z0-9+/]{43}=?$|^MD5:(?:[0-9a-f]{2}:){15}[0-9a-f]{2}$|"  # shown to everybody
+    r"^_?[A-Za-z]{3,40}(?:Password|Key|Token|Secret)$|^_?(?:(?:Ed|X)(?:25519|448)|OAuth[12]|V[1-9]|S3|K8s)[A-Za-z]{0,30}(?:Password|Key|Token|Secret)$|"
+    r"^(?i:utf|latin|iso|cp|ascii|us|windows)-?_?(?:ascii|\d{1,5}(?:[-_]\d{1,2})?)(?:-sig)?$|^[~^]?\d+(?:\.\d+){1,12}(?:-[\w.]+)?$|^\d{4}-\d\d-\d\d(?:T[\d:.]+Z?)?$|^urn:|"
     r"(?i:^(?:scram-)?(?:sha|aes|hs|rs|es|md)-?\d{1,3}(?:-[a-z]+)*$)|^(?:[\w*.-]*/)*[a-z]{3,20}/(?:[\w*.-]+/)*[a-z]{3,20}/"
 )
+# Shown to everybody, but of the form of the secret that belongs to it.
+_SITE_KEY = re.compile(r"^6L[a-zA-Z0-9][\w-]{37}$")
 _IDENTIFIER = re.compile(r"^[A-Za-z_$][\w$]*(?:(?:!?\.|\?\.|->|::)[A-Za-z_$][\w$]*)*(?:\(|\[|;|,|$)")
 _ITEM = re.compile(r"^[A-Za-z_][\w.]*\[(?:\w{1,20})?\]?")
 _HASHES = re.compile(
@@ -119,7 +132,11 @@ def _is_named_secret(key: str, value: str, *, quoted: bool, alone: bool = False)
         return False
     if not quoted and key.strip(" \"'").lower() == "key" and _SUM.match(value):
         return False
-    if _KEY_OF_A_THING.search(key) or (_PARTS.match(value) and not _NAMED_KEY.search(key)):
+    if _NO_PASS.search(key) and not NAME.search(_NO_PASS.sub("", key)):
+        return False
+    if not _SAYS_SECRET.search(key) and (_KEY_OF_A_THING.search(key) or _SITE_KEY.match(value)):
+        return False
+    if (_PARTS.match(value) and not _NAMED_KEY.search(key)) or (_WEAK.match(value) and _PLAIN_NAME.fullmatch(key)):
         return False
     if _TEST_NAME.match(key) and len(value) < 12:
         return False  # the fixture of a test
@@ -131,7 +148,8 @@ def _is_named_secret(key: str, value: str, *, quoted: bool, alone: bool = False)
         or (is_monotone(value) and len(value) > 5)
     ):
         return False
-    if not quoted and len(key) > 4 and value.lower().startswith(key.rpartition(".")[2].lower()):
+    last = key.rpartition(".")[2].lower()
+    if not quoted and len(key) > 4 and value.lower().startswith(last) and _WORDS_AFTER.fullmatch(value, len(last)):
         return False  # `authToken: authTokenOfHeader2`
     has_digit = any(c.isdigit() for c in value)
     shell = not quoted and key.isupper() and has_digit and len(value) >= 8 and _PASSWORD_NAME.search(key)
@@ -171,6 +189,7 @@ def _is_named_secret(key: str, value: str, *, quoted: bool, alone: bool = False)
     )
 
 
+_WORDS_AFTER = re.compile(r"[A-Za-z_.]*\d?")
 _MARKS = re.compile(r"[^A-Za-z0-9_./:-]")
 _TERM = re.compile(r"(?i)^(?:base|sha|utf|aes|rsa|oauth|x\.?509|scram|hmac|pbkdf|bcrypt|argon)-?\d|-[a-z]{4,}$")
 
@@ -211,12 +230,13 @@ def is_context_secret(kind: str, match: re.Match[str], key: str) -> bool:
         return after.startswith(("@tcp(", "@unix(", "@udp(")) and "%" not in value[:1] and not WORDY.match(value)
     if kind == "said":
         return _is_said(value)
-    if kind == "opaque":
+    if kind in ("opaque", "basic"):
         return (
             not is_monotone(value)
             and entropy_bits(value) >= (2.5 if len(value) < 24 else 3.0)
             and not is_public(value)
-            and not (value.isalpha() and value.islower())  # `"Basic infrastructure`: a word, no base64
+            # `"Basic infrastructure`: a word, no base64
+            and not (kind == "basic" and value.isalpha() and value.islower())
         )
     if kind == "login":
         return (
