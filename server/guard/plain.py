@@ -51,7 +51,7 @@ def _sql_statements(code: str, masked: str) -> list[tuple[int, int]]:
     """Split after `;` and at `GO` or `/` lines; a routine's body stays with its head."""
     spans, start, depth, in_dollar = [], 0, 0, False
     for match in re.finditer(
-        r"(?i);|^\s*(?:GO|/)\s*$|\$\w*\$|\b(?:BEGIN|CASE)\b|\bEND(?:\s+(?:IF|LOOP|WHILE|REPEAT))?\b",
+        r"(?i);|^[ \t]*(?:GO|/)[ \t\r]*$|\$\w*\$|\b(?:BEGIN|CASE)\b|\bEND(?:\s+(?:IF|LOOP|WHILE|REPEAT))?\b",
         masked,
         re.MULTILINE,
     ):

@@ -44,6 +44,14 @@ def is_found(text: str) -> bool:
         "$1",
         "replace(p_text, 'a', 'b')",
         "$q$select $q$ || p_text",
+        "unknown(p_text)",
+        "public.identity(p_text)",
+        "unchecked(p_text)",
+        "checksum(p_text)",
+        f"'{'a' * 6100}' || p_text",
+        f"$q${'a ' * 6100}$q$ || p_text",
+        "NULL;" + "v := 'a';" * 41 + "v := p_text",
+        "NULL; v := v1;" + "".join(f"v{i} := v{i + 1};" for i in range(1, 30)) + "v30 := p_text",
     ],
 )
 def test_a_callers_text_is_found(value: str) -> None:
@@ -71,7 +79,6 @@ def test_a_callers_text_is_found(value: str) -> None:
         "length(p_text)",
         "NULL; SELECT name INTO v FROM pg_tables",
         "lower(p_text)::int",
-        "unknown(p_text)",
     ],
 )
 def test_what_is_no_callers_text_is_not(value: str) -> None:
@@ -96,6 +103,26 @@ def test_what_was_checked_is_not(check: str) -> None:
     assert not is_found(PLPGSQL.format(value="p_text", check=check))
 
 
+@pytest.mark.parametrize(
+    "check",
+    [
+        "RAISE NOTICE 'please check the p_text';",
+        "RAISE NOTICE 'p_text = ANY (x) and p_text IN (y)';",
+        "PERFORM 1 FROM t WHERE x = p_text; IF FOUND THEN END IF;",
+        "PERFORM 1 FROM t WHERE x = p_text; IF NOT FOUND THEN RAISE NOTICE 'none'; END IF;",
+        "PERFORM checkout(p_text);",
+        "SELECT is_valid INTO ok FROM t WHERE x = p_text;",
+    ],
+)
+def test_what_only_looks_like_a_check_is_none(check: str) -> None:
+    assert is_found(PLPGSQL.format(value="p_text", check=check))
+
+
+@pytest.mark.parametrize("value", [f"'{'a' * 6100}'", f"$q${'a ' * 6100}$q$ || quote_ident(p_text)"])
+def test_a_long_text_is_read_over(value: str) -> None:
+    assert not is_found(PLPGSQL.format(value=value, check="NULL;"))
+
+
 def test_an_empty_text_is_no_check() -> None:
     assert is_found(PLPGSQL.format(value="p_text", check="IF p_text <> '' THEN NULL; END IF;"))
 
@@ -116,6 +143,30 @@ def test_the_place_where_the_text_is_joined_is_reported() -> None:
     text = "CREATE PROC d @t varchar(50) AS\nDECLARE @q nvarchar(90) = N'DROP TABLE ' + @t;\nEXEC (@q);\nEXEC (@q);"
     found = [f for f in scan.scan_text(text, language="sql").findings if f.cwe == "CWE-89"]
     assert [text[f.start : f.end] for f in found] == ["N'DROP TABLE ' + @t"]
+
+
+HEAD = "CREATE PROCEDURE p(a int) AS BEGIN\n" + "".join(f"EXECUTE v{i};\n" for i in range(60))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        HEAD + "check" * 3800,
+        HEAD + "check " * 3200,
+        HEAD + "sys.=( " * 2600,
+        HEAD + "EXISTS (SELECT x = " * 1000,
+        "".join(f"CREATE PROCEDURE p{i}(a int) AS BEGIN EXECUTE v{i}; END;\n" for i in range(2000)),
+        HEAD + "PERFORM a;IF THEN " * 1000,
+        HEAD + "INTO " + "a," * 9000,
+        HEAD + "v0 = " * 4000,
+        HEAD + "v0" + " " * 18000 + "x",
+        "\n" * 20000,
+    ],
+)
+def test_every_name_is_looked_for_at_once(text: str) -> None:
+    started = time.process_time()
+    scan.scan_text(text[:120_000], language="sql")
+    assert time.process_time() - started < 1
 
 
 @given(st.text(alphabet="'()|+,;:@$[]x \nEXCAS", max_size=80))
