@@ -368,7 +368,7 @@ _MAX_CHECK_NAME = 120
 _FOUND_ROW = re.compile(
     r"(?is)\b(?:PERFORM\b|COUNT\s*\(\s*[*1]\s*\)\s*INTO\b)(?=(?P<w>[^;]{0,400});\s*IF\b(?P<if>[^;]{0,120}?)\bTHEN\b(?P<then>.{0,600}))"
 )
-_NO_ROW = re.compile(r"(?i)\bNOT\s+FOUND\b|=\s*0|<\s*1|\bIS\s+NULL\b")
+_NO_ROW = re.compile(r"(?i)\bNOT\s+FOUND\b|(?<![<>!])=\s*0|<\s*1|(?:<>|!=)\s*1|\bIS\s+NULL\b")
 _STOPS = re.compile(
     r"(?i)\b(?:RAISE(?!\s+(?:NOTICE|INFO|WARNING|LOG|DEBUG)\b)|RAISERROR|RETURN|SIGNAL|THROW|EXIT|CONTINUE|LEAVE|ITERATE|raise_application_error)\b"
 )
