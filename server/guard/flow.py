@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from server.guard.aliases import aliases_of
+from server.guard.callers import Callers, function_around, named_functions
 from server.guard.parameters import BY_NAME, FUNCTIONS, SILENT, bound_parameters, function_name, parameters
 from server.guard.rules import ALL, BITS, Language, Rule, Sink
 from server.guard.syntax import (
@@ -41,7 +42,9 @@ from server.guard.syntax import (
     NAMES,
     OUT_SOURCES,
     PUT_TOGETHER,
+    RAISES,
     RAISES_OUTSIDE,
+    SPREADS,
     SUBSCRIPTS,
     TYPES,
     VALIDATING,
@@ -57,7 +60,11 @@ if TYPE_CHECKING:
     from server.guard.tree import Node, Tree
 
 
+# `path + ".tmp"` names as much from outside as it did; `where + " LIMIT 1"` is put together
+_ENDED = ALL & ~BITS["path"]
 MAX_WAITING = 256  # sinks of one function: each is looked at again wherever it is called
+MAX_PUTS = 8  # of one name in one function; of more, nothing is known
+MAX_STEPS = 60  # back from an argument to what it was made of
 _ONE_VALUE = re.compile(r"\(?\s*[\w.$]+\s*===?\s*(?:[\"'][^\"']*[\"']|\w+)\s*\)?")
 _HELD = re.compile(
     r"(?:^|\(|!|&&|\|\||\b(?:and|or|not)\b)\s*(?!and\b|or\b|not\b|true\b|false\b)([A-Za-z_]\w*)\s*(?=$|\)|;|&&|\|\||\b(?:and|or)\b)"
@@ -68,6 +75,13 @@ _BLANKS = re.compile(r"\s+")
 _HEAD = re.compile(r"\w+")
 _TEXT = re.compile(r"\bchar\b|string")
 _SCHEME = re.compile(r"\.(?:[sS]cheme|[pP]rotocol|get(?:Scheme|Protocol)\(\)|[pP]ort|getPort\(\)|username|password)$")
+_UNKNOWN, _FIXED, _CHECKED = range(3)  # what the text of an argument tells
+
+
+def _start_of(root: str) -> int:
+    """Return where the function begins whose parameter `root` is, or -1."""
+    start = root.rpartition("@")[2].rstrip(BY_NAME)
+    return int(start) if start.isdecimal() else -1
 
 
 @dataclass(slots=True)
@@ -98,18 +112,18 @@ class Flow:
         self._answered: dict[str, int] = {}
         self._doubted: dict[tuple[str, int], tuple[Sink, Node, list[str]]] = {}
         self._given: dict[tuple[str, int], set[str]] = {}
-        self._puts: dict[str, Node] = {}
+        self._puts: dict[str, list[Node | None]] = {}
         self._aliases = aliases_of(tree)
+        self._fit: dict[int, dict[str, int]] = {}  # by danger: what is known of the names in `_puts`
+        self._callers = Callers(tree, self._aliases)
         self._file_sources = [match for has, match in language.file_sources if has.search(tree.code)]
         self.calls: list[tuple[str, Node, Node | None]] = []
 
     def run(self) -> list[tuple[Rule, Node]]:
         """Walk the file."""
-        for node in self._tree.root.walk():
-            if node.kind in FUNCTIONS:
-                name = function_name(node, self._tree)
-                if name:
-                    self._functions.setdefault(name, node)
+        for name, node in named_functions(self._tree):
+            self._functions.setdefault(name, node)
+            self._callers.add(name, node)
         self._visit(self._tree.root)
         for sink, node, roots in self._doubted.values():
             if self._may_come(roots, sink.danger):
@@ -144,9 +158,9 @@ class Flow:
             slot += not (apart and text == before)
             before = text
             summary.slots.append((slot, apart))
-        outer = self._env, self._cleared, self._returns, self._pending, self._answered, self._puts
+        outer = self._env, self._cleared, self._returns, self._pending, self._answered, self._puts, self._fit
         self._env, self._cleared, self._returns, self._pending = dict(self._env), dict(self._cleared), [], {}
-        self._answered, self._puts = {}, {}
+        self._answered, self._puts, self._fit = {}, {}, {}
         self._env.update(params)
         body = node.field("body") or (node.kids[-1] if node.kids else None)
         if body is not None:
@@ -167,7 +181,7 @@ class Flow:
             self._cleared[root] = self._cleared.get(root, 0) | mask
         summary.cleared = {root: mask for root, mask in self._cleared.items() if root in summary.roots}
         summary.pending = self._pending
-        self._env, self._cleared, self._returns, self._pending, self._answered, self._puts = outer
+        self._env, self._cleared, self._returns, self._pending, self._answered, self._puts, self._fit = outer
         self._summaries[node.start] = summary
         return summary
 
@@ -260,8 +274,8 @@ class Flow:
         elif values and values[0].roots and not any(value.roots for value in values[1:]):
             before = self._tree.code[node.start : holes[0].start]
             if not before.rstrip("\"'`").strip("fFrRbB"):  # f"{path}.tmp"
-                return values[0]
-        return union(values, built=bool(values)) if values else CLEAN
+                return union(values, built=_ENDED)
+        return union(values, built=ALL) if values else CLEAN
 
     def _binary(self, node: Node) -> Value:
         values = [self._visit(kid) for kid in node.kids]
@@ -274,13 +288,14 @@ class Flow:
                     left = node.kids[0]
                     while left.kind == "binary_expression" and left.kids:
                         left = left.kids[0]
-                    self._env[self._tree.text(left)] = union(values, built=True)  # a text stream takes what it is given
+                    self._env[self._tree.text(left)] = union(values, built=ALL)  # a text stream takes what it is given
                 joins = operator != "||" and (operator != "/" or self._tree.language in ("python", "cpp"))
+                built = ALL if joins else 0
                 if operator == "/" and not values[1].roots:
-                    joins = False  # a folder from outside with a name of our own under it
+                    built = 0  # a folder from outside with a name of our own under it
                 if operator == "+" and not values[1].roots:
-                    joins = False  # `path + ".tmp"`: as much from outside as it was
-                return union(values, built=joins)
+                    built = _ENDED
+                return union(values, built=built)
         return union(values)
 
     def _ternary(self, node: Node) -> Value:
@@ -349,7 +364,7 @@ class Flow:
                 self._check_call(sink, node, receiver, positional, named)
         self._copy_out(callee, arguments, positional, receiver)
         self._collect(callee, every)
-        if ASSERTS.search(callee) and arguments.kids and tree.language not in ("c", "cpp"):  # C may leave them out
+        if arguments.kids and ASSERTS.search(callee) and self._asserts(node, callee):
             self._apply_guard(arguments.kids[0])
         if is_source or is_weak:
             text = squeezed(tree.text(node))
@@ -366,7 +381,7 @@ class Flow:
         if local is not None and local.start in self._summaries and self._summaries[local.start] is None:
             local = None  # within itself: `root.resolve(name)` in a `resolve` of ours is the library's
         if callee == "map" and len(arguments.kids) > 1 and tree.language == "python":
-            return self._mapped(self._callee(tree.text(arguments.kids[0])), positional[1:], arguments)
+            return self._mapped(self._callee(tree.text(arguments.kids[0])), positional[1:], arguments.kids)
         if callbacks and MAPS.search(callee):
             return mapped  # what the function makes of each element, whatever the elements are
         if callee.endswith((".map", ".filter")) and _LOOKS_UP.fullmatch(tree.text(arguments)):
@@ -382,12 +397,12 @@ class Flow:
             cleans |= BITS["html"] if ESCAPES_HTML.search(text) else 0
         if cleans:
             if local is not None:
-                self._apply_summary(self._summarise(local), positional, named, arguments)  # for what it checks
+                self._apply_local(local, callee, positional, named, arguments)  # for what it checks
                 cleans |= BITS["ldap"] if ESCAPES_LDAP.search(tree.text(local)) else 0
                 cleans |= BITS["html"] if ESCAPES_HTML.search(tree.text(local)) else 0
             return union([receiver, *every]).without(cleans)
         if local is not None and not callee.startswith("new "):
-            result = self._apply_summary(self._summarise(local), positional, named, arguments)
+            result = self._apply_local(local, callee, positional, named, arguments)
             if result.roots and ESCAPES_HTML.search(tree.text(local)):  # a function that writes entities escapes
                 result = result.without(BITS["html"])
             if result.roots and ESCAPES_LDAP.search(tree.text(local)):
@@ -403,23 +418,48 @@ class Flow:
         if joined and JOINS_PATHS.search(callee) and not under and not receiver.roots:
             joined = False  # a folder from outside with a name of our own under it
         if receiver.roots:
-            value = union([receiver, *every] if joined or propagates else [receiver], built=joined)
+            value = union([receiver, *every] if joined or propagates else [receiver], built=ALL if joined else 0)
         elif propagates or joined or "." not in callee or callee.startswith("new "):
-            value = union(every, built=joined)
+            value = union(every, built=ALL if joined else 0)
         else:
             value = CLEAN
         if canonical and value.roots:
             value = Value(value.roots, built=value.built, canonical=True)
         return value
 
-    def _mapped(self, callee: str, values: list[Value], arguments: Node) -> Value:
+    def _asserts(self, node: Node, callee: str) -> bool:
+        """Whether what the file calls like an assertion is one."""
+        if self._tree.language in ("c", "cpp"):  # a build may leave it out
+            return False
+        local = self._functions.get(callee)
+        if local is not None:
+            return RAISES.search(self._tree.masked[local.start : local.end]) is not None
+        head = _HEAD.match(self._tree.code, node.start)
+        if head is None or callee.endswith(("ctx.assert", "context.assert")):  # a framework hands these in
+            return head is not None
+        return head[0] not in self._env or head[0] in self._aliases
+
+    def _mapped(self, callee: str, values: list[Value], nodes: list[Node]) -> Value:
         """Python's `map(function, values)`: what the function makes of each value."""
         cleans = self._language.called[callee][2]
         local = self._functions.get(callee)
         if local is None or cleans:
             return union(values).without(cleans)
         known = local.start in self._summaries and self._summaries[local.start] is None
-        return union(values) if known else self._apply_summary(self._summarise(local), values, {}, arguments)
+        if known:
+            return union(values)
+        self._callers.heard.add(nodes[0].end)
+        return self._apply_summary(self._summarise(local), values, {}, nodes[1:], is_told=False)
+
+    def _apply_local(
+        self, local: Node, callee: str, positional: list[Value], named: dict[str, Value], arguments: Node
+    ) -> Value:
+        """Apply what is known of a function of this file where it is called."""
+        callers = self._callers
+        callers.heard.add(arguments.start)
+        is_told = callers.is_of(local.start, callee) and not callers.is_example(arguments)
+        nodes = [kid for kid in arguments.kids if kid.kind != "keyword_argument"]
+        return self._apply_summary(self._summarise(local), positional, named, nodes, is_told=is_told)
 
     def _callback(self, node: Node, receiver: Value) -> Value:
         """Walk a function that is handed to a call; its parameters are elements of what it is called on. Return its result."""
@@ -433,6 +473,7 @@ class Flow:
         self._env = dict(self._env)
         for name in names:
             self._env[name] = receiver if receiver.roots else CLEAN
+            self._put(name, None)
             if language.sources is not None and language.sources.search(name):
                 self._env.pop(name)
         returns, self._returns = self._returns, []
@@ -461,8 +502,15 @@ class Flow:
         return kept
 
     def _apply_summary(
-        self, summary: Summary, positional: list[Value], named: dict[str, Value], arguments: Node
+        self,
+        summary: Summary,
+        positional: list[Value],
+        named: dict[str, Value],
+        arguments: list[Node],
+        *,
+        is_told: bool,
     ) -> Value:
+        """Return what a function makes of what it is given; `is_told`: the call says what this function is given."""
         given: dict[str, Value] = {}
         nodes: dict[str, Node] = {}
         names = summary.params
@@ -471,7 +519,7 @@ class Flow:
             if offset <= slot < len(positional) + offset:
                 value = positional[slot - offset]
                 given[root] = value.part(name, BITS["fields"]) if apart else value
-                nodes[root] = arguments.kids[slot - offset]
+                nodes[root] = arguments[slot - offset]
         for name, value in named.items():
             if name in names:
                 given[summary.roots[names.index(name)]] = value
@@ -479,13 +527,22 @@ class Flow:
             if root in given:
                 self._clear(given[root], mask)
         alive = {root: self._alive(value) for root, value in given.items() if value.roots}
+        noted: set[tuple[str, int]] = set()
+        is_spread = any(node.kind in SPREADS for node in arguments)
         for root, sink, where in summary.pending.values():
             value = alive.get(root, CLEAN)
-            if root in given:
-                self._note(root, sink.danger, value, given[root], nodes.get(root))
+            if is_spread and not value.roots:  # which of them is what, nobody knows
+                self._given.setdefault((root, sink.danger), set()).add("")
+            elif root in given and (root, sink.danger) not in noted:
+                noted.add((root, sink.danger))
+                self._note(root, sink.danger, value, given[root], nodes.get(root), is_told=is_told)
             if not value.roots:
                 continue
-            doubted = not sink.strong and (value.built or not sink.built) and self._is_only_called_here(where, {root})
+            doubted = (
+                not sink.strong
+                and (value.built & sink.danger or not sink.built)
+                and self._is_only_called_here(where, {root})
+            )
             if any(
                 (r.startswith("!") or (doubted and not r.startswith(SILENT))) and m & sink.danger
                 for r, m in value.roots.items()
@@ -513,7 +570,8 @@ class Flow:
         if self._tree.language in ("c", "cpp") and COPIES.search(callee) and len(positional) > 1:
             target = self._tree.text(arguments.kids[0]).lstrip("&(* ").split("[")[0].split("+")[0].strip()
             old = self._env.get(target, CLEAN) if "cat" in callee else CLEAN
-            self._env[target] = union([old, *positional[1:]], built="printf" in callee or "cat" in callee)
+            self._put(target, None)
+            self._env[target] = union([old, *positional[1:]], built=ALL if re.search("printf|cat", callee) else 0)
         elif callee in OUT_SOURCES or re.search(
             r"(?:\.|^)(?:Decode|Bind\w*|ShouldBind\w*|BodyParser|Unmarshal|ReadJSON|Scan\w*|Fscan\w*)$", callee
         ):
@@ -544,7 +602,7 @@ class Flow:
         name = match[1]
         own = self._env.get(name)
         if own is not None:
-            self._env[name] = union([own, given], built=given.built or match[2] in BUILDS)
+            self._env[name] = union([own, given], built=ALL if match[2] in BUILDS else given.built)
 
     def _callee(self, text: str) -> str:
         callee = squeezed(text)
@@ -590,11 +648,13 @@ class Flow:
         strong = any(root.startswith("!") and not self._doubtful(root, sink, value, node) for root in alive)
         silent = all(root.startswith(SILENT) for root in alive)
         if not strong and (
-            silent or sink.strong or (sink.built and not value.built) or self._is_only_called_here(node, alive)
+            silent
+            or sink.strong
+            or (sink.built and not value.built & sink.danger)
+            or self._is_only_called_here(node, alive)
         ):
-            self._wait(
-                alive, replace(sink, built=False) if value.built else sink, node
-            )  # built here, if not by the caller
+            is_built = value.built & sink.danger  # here, if not by the caller
+            self._wait(alive, replace(sink, built=False) if is_built else sink, node)
             return
         if strong:
             self._emit(sink.rule, node)
@@ -602,51 +662,63 @@ class Flow:
         self._wait(alive, sink, node)
         self._doubted.setdefault((sink.rule.id, node.start), (sink, node, alive))
 
-    def _note(self, root: str, danger: int, value: Value, given: Value, node: Node | None) -> None:
-        """Keep what a call gives the weak `root`: whose values these are, or that they are fit."""
-        givers = self._given.setdefault((root, danger), set())
+    def _note(self, root: str, danger: int, value: Value, given: Value, node: Node | None, *, is_told: bool) -> None:
+        """Keep what a call gives the weak `root`: whose values these are, that they are fit, or that nothing is known."""
         harmful = [r for r, m in value.roots.items() if m & danger]
-        givers.update(harmful)
-        if not harmful and not given.roots and not (node is not None and self._is_fit(node, danger, {})):
-            givers.add("")  # nothing is known of it
+        fitness = _CHECKED if given.roots else self._fitness(node, danger) if node is not None else _UNKNOWN
+        if not harmful and fitness == _FIXED:  # `archive("/tmp/x")` shows how it is called: others call it with more
+            start = _start_of(root)
+            is_told = is_told and self._callers.is_own(start) and function_around(node) is not None
+        if harmful or fitness == _UNKNOWN or is_told:
+            givers = self._given.setdefault((root, danger), set())
+            givers.update(harmful)
+            if not harmful and fitness == _UNKNOWN:
+                givers.add("")
 
-    def _is_fit(self, node: Node, danger: int, known: dict[str, bool]) -> bool:
-        """Whether the text says that this is no input: a literal, a constant, of a table of ours, or what a check returned."""
+    def _fitness(self, node: Node, danger: int, depth: int = 0) -> int:
+        """Whether the text says that this is no input: a literal or a constant; of a table of ours, or what a check returned."""
         tree, kids = self._tree, node.kids
+        if depth > MAX_STEPS:
+            return _UNKNOWN
         if node.kind in NAMES:
             name = tree.text(node)
+            known = self._fit.setdefault(danger, {})
             if name not in known:
-                known[name] = name.isupper()
-                put = self._puts.get(name)
-                if not known[name] and put is not None:
-                    known[name] = self._is_fit(put, danger, known)
+                puts = self._puts.get(name, ())
+                known[name] = _FIXED if name.isupper() else _UNKNOWN
+                if puts and not name.isupper():
+                    known[name] = min(
+                        self._fitness(put, danger, depth + 1) if put is not None else _UNKNOWN for put in puts
+                    )
             return known[name]
         if node.kind in ("ternary_expression", "conditional_expression") and len(kids) == 3:
             ends = (kids[0], kids[2]) if tree.language == "python" else kids[1:]
-            return all(self._is_fit(kid, danger, known) for kid in ends)
+            return _CHECKED if all(self._fitness(kid, danger, depth + 1) for kid in ends) else _UNKNOWN
         if node.kind in CALLS:
             callee = self._callee(tree.text(node).split("(", 1)[0])
             local = self._functions.get(re.split(r"\.|::|->", callee)[-1])
             if local is None:
-                return bool(self._language.called[callee][2] & danger)
+                return _CHECKED if self._language.called[callee][2] & danger else _UNKNOWN
             summary = self._summaries.get(local.start)
-            return bool(summary and summary.params) and not any(
-                mask & danger for mask in (summary.returned.roots.values() if summary else ())
-            )
+            if summary is None or not summary.params:
+                return _UNKNOWN
+            return _UNKNOWN if any(mask & danger for mask in summary.returned.roots.values()) else _CHECKED
         if node.kind in SUBSCRIPTS:
-            return bool(kids) and tree.text(kids[0]).isupper()
+            return _CHECKED if kids and tree.text(kids[0]).isupper() else _UNKNOWN
         if node.kind in LITERALS:
             kids = [kid for kid in kids if kid.kind in HOLES]
         elif node.kind not in PUT_TOGETHER:
-            return False
-        return all(self._is_fit(kid, danger, known) for kid in kids)
+            return _UNKNOWN
+        parts = [self._fitness(kid, danger, depth + 1) for kid in kids]
+        return max(parts, default=_FIXED) if all(parts) else _UNKNOWN
 
     def _may_come(self, roots: list[str], danger: int) -> bool:
-        """Whether one of the weak `roots` may come with `danger`: not where all calls in the file give what is fit."""
+        """Whether one of the weak `roots` may come with `danger`: not where the file has all calls, and all give what is fit."""
         seen, waiting = set(roots), list(roots)
         while waiting:
-            givers = self._given.get((waiting.pop(), danger))
-            if givers is None:  # nobody in this file gives it: somebody elsewhere does
+            root = waiting.pop()
+            givers = self._given.get((root, danger))
+            if givers is None or not self._callers.has_all(_start_of(root)):  # somebody elsewhere gives it
                 return True
             waiting += givers - seen
             seen |= givers
@@ -669,7 +741,9 @@ class Flow:
             return True
         if sink.danger == BITS["header"] and root.startswith(("!body@", "!html@", "!payload@")):
             return True
-        return (sink.danger == BITS["path"] and not value.built) or (sink.danger == BITS["html"] and sink.call is None)
+        return (sink.danger == BITS["path"] and not value.built & sink.danger) or (
+            sink.danger == BITS["html"] and sink.call is None
+        )
 
     def _is_only_called_here(self, node: Node, roots: Iterable[str]) -> bool:
         """Whether `roots` are texts that a function of C around `node` gets, and this file has all calls of it.
@@ -678,7 +752,7 @@ class Flow:
         """
         if self._tree.language not in ("c", "cpp"):
             return False
-        scope = self._function_around(node)
+        scope = function_around(node)
         if scope is None:
             return False
         is_static = re.match(r"(?:inline\s+)?static\b", self._tree.code[scope.start : scope.start + 20])
@@ -691,13 +765,8 @@ class Flow:
         name = function_name(scope, self._tree)
         return name is not None and len(re.findall(rf"\b{re.escape(name)}\s*\(", self._tree.masked)) > 1
 
-    def _function_around(self, node: Node | None) -> Node | None:
-        while node is not None and node.kind not in FUNCTIONS:
-            node = node.parent
-        return node
-
     def _scope_text(self, node: Node) -> str:
-        scope = self._function_around(node)
+        scope = function_around(node)
         if scope is not None and scope.parent is not None and scope.parent.kind == "decorated_definition":
             scope = scope.parent
         return self._tree.text(scope) if scope is not None else self._tree.code
@@ -719,15 +788,13 @@ class Flow:
         right = node.field("right") or node.field("value") or kids[-1]
         left = node.field("left") or node.field("declarator") or node.field("name") or kids[0]
         value = self._alive(self._visit(right))  # what was checked here, stays checked where the ways meet again
-        if left.kind in NAMES:
-            self._puts[self._tree.text(left)] = right
         if right.kind == "argument_list" and node.parent is not None:  # C++: `std::ifstream in(path);` is a call too
             made = node.parent.field("type")
             for sink in self._language.called[squeezed(self._tree.text(made))][-1] if made is not None else ():
                 self._check_call(sink, node, CLEAN, [self._visit(kid) for kid in right.kids], {})
         gap = self._tree.masked[left.end : right.start]
         if node.kind.startswith("augmented") or re.search(r"[+.|]=", gap):
-            value = union([self._visit(left), value], built=True)
+            value = union([self._visit(left), value], built=ALL)
         self._bind(left, value, right)
         self._check_target(self._tree.text(left), value, node)
         return value
@@ -776,8 +843,20 @@ class Flow:
         if kind in SUBSCRIPTS or kind == "subscript_expression":
             base = squeezed(self._tree.text(left.kids[0])) if left.kids else text
             self._env[base] = union([self._env.get(base, CLEAN), value])
+            self._put(base, None)
         else:
             self._env[text] = value
+            self._put(text, right)
+
+    def _put(self, name: str, right: Node | None) -> None:
+        """Keep what a name is set to; None: something of which the text tells nothing."""
+        puts = self._puts.setdefault(name, [])
+        if any(name in known for known in self._fit.values()):
+            self._fit = {}
+        if right not in puts:
+            puts.append(right if len(puts) < MAX_PUTS else None)
+        if puts[-1] is None:
+            puts[:] = [None]
 
     def _check_target(self, target: str, value: Value, node: Node) -> None:
         if not value.roots:
@@ -791,7 +870,7 @@ class Flow:
         """What is returned is checked as `return`, and as `return:NAME` of its function."""
         if not value.roots:
             return
-        owner = self._function_around(node.parent)
+        owner = function_around(node.parent)
         if node.kind in ("return_statement", "yield", "throw_statement"):
             self._check_target("return", value, node)
         self._check_target(f"return:{function_name(owner, self._tree) if owner is not None else None}", value, node)
@@ -965,6 +1044,7 @@ class Flow:
         if len(node.kids) > 1:
             target = node.kids[1].kids[0] if node.kids[1].kids else node.kids[1]
             self._env[self._tree.text(target)] = value
+            self._put(self._tree.text(target), None)
         return value
 
     def _return(self, node: Node) -> Value:

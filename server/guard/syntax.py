@@ -46,6 +46,7 @@ LITERALS = frozenset(
         "decimal_integer_literal", "number_literal", "true", "false", "none", "null", "nil", "null_literal",
     }
 )  # fmt: skip
+SPREADS = frozenset({"list_splat", "dictionary_splat", "spread_element", "variadic_argument"})
 HOLES = frozenset({"interpolation", "template_substitution"})  # what makes a text of a literal and a value
 PUT_TOGETHER = HOLES | {"binary_expression", "binary_operator", "parenthesized_expression", "concatenated_string"}
 _EXITS = re.compile(
@@ -77,9 +78,12 @@ ASKS = re.compile(
     r"(?i)(?:^|\.)(?:has\w*|includes|test|match\w*|fullmatch|contains\w*|starts_?with|ends_?with|some|every|any|all|is_?\w+|equals\w*|"
     r"anyMatch|allMatch|noneMatch|Boolean|bool)$"
 )
+# Raises unless its first argument holds, by whose it is: `console.assert` and a logger's go on.
 ASSERTS = re.compile(
-    r"^(?:\w+\.)?(?:assert(?:\.ok)?|invariant|checkArgument|isTrue)$"
-)  # raises unless its first argument holds
+    r"^(?:(?:chai\.)?assert(?:\.(?:ok|isTrue))?|(?:this\.)?(?:ctx|context)\.assert|(?:(?:ts_invariant|outvariant|_epic_web_invariant)\.)?invariant|"
+    r"(?:Preconditions\.)?checkArgument|(?:Assert|Validate)\.isTrue)$"
+)
+RAISES = re.compile(r"\b(?:throw|raise|panic|exit|abort)\b")
 RAISES_OUTSIDE = re.compile(r"\.relative_to$")  # Python: raises where the path is not under the folder
 ESCAPES_HTML = re.compile(r"&lt;|&#60;|&#x3[cC];|&#x?(?:[\"'`]|%|\$?\{)|\[[^\]\n^]{0,12}<[^\]\n]{0,12}>[^\]\n]{0,12}\]")
 ESCAPES_LDAP = re.compile(r"\\\\(?:5c|2a|28|29)", re.IGNORECASE)

@@ -9,9 +9,10 @@ if TYPE_CHECKING:
 
 
 class Value:
-    """What is known of one value: its roots with their dangers, and whether it is a text put together from parts.
+    """What is known of one value: its roots with their dangers.
 
-    `fields` is what is known of an object's fields one by one.
+    `built` are the dangers for which it counts as a text put together from parts. `fields` is what is known of an
+    object's fields one by one.
     """
 
     __slots__ = ("built", "canonical", "fields", "roots")
@@ -20,7 +21,7 @@ class Value:
         self,
         roots: dict[str, int] | None = None,
         *,
-        built: bool = False,
+        built: int = 0,
         canonical: bool = False,
         fields: dict[str, Value] | None = None,
     ) -> None:
@@ -52,19 +53,19 @@ class Value:
 CLEAN = Value()
 
 
-def union(values: Iterable[Value], *, built: bool = False) -> Value:
-    """Return a value that may be any of `values`, or all of them put together."""
+def union(values: Iterable[Value], *, built: int = 0) -> Value:
+    """Return a value that may be any of `values`, or all of them put together, which counts for the dangers `built`."""
     values = [value for value in values if value.roots]
-    if len(values) == 1 and values[0].built >= built:
+    if len(values) == 1 and values[0].built | built == values[0].built:
         return values[0]
     roots: dict[str, int] = {}
     canonical = False
     for value in values:
-        built = built or (value.built and bool(value.roots))
+        built |= value.built
         canonical = canonical or value.canonical
         for root, mask in value.roots.items():
             roots[root] = roots.get(root, 0) | mask
-    return Value(roots, built=built and bool(roots), canonical=canonical) if roots else CLEAN
+    return Value(roots, built=built, canonical=canonical) if roots else CLEAN
 
 
 def joined(one: dict[str, Value], other: dict[str, Value]) -> dict[str, Value]:
