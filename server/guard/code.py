@@ -173,7 +173,7 @@ def _patterns(
     statements: assembled.Statements | None = None
     seen: set[tuple[int, int]] = set()  # pieces of statements, each of which may be run in more places than one
     words = Text(code.lower())
-    script = origins.Script(code)
+    script = origins.Script(code, masked)
     for pattern in rules.patterns:
         if pattern.match is None or not words.holds(pattern.needs):
             continue
@@ -195,13 +195,13 @@ def _patterns(
             known = fits.get((start, end))
             if known is None:
                 known = fits[start, end] = _scope_fits(pattern, code[start:end])
-            if known and _group_fits(pattern, match, masked[start:end], script):
+            if known and _group_fits(pattern, match, masked[start:end], script, name):
                 findings.append(_finding(pattern.rule, *where, name))
     return findings
 
 
-def _group_fits(pattern: Pattern, match: re.Match[str], scope: str, script: origins.Script) -> bool:
-    if pattern.foreign and _is_own(pattern, match, script):
+def _group_fits(pattern: Pattern, match: re.Match[str], scope: str, script: origins.Script, name: str) -> bool:
+    if pattern.foreign and _is_own(pattern, match, script, name):
         return False
     if pattern.greater is not None and match[pattern.greater]:
         return int(match["v"]) > int(match[pattern.greater])
@@ -211,10 +211,11 @@ def _group_fits(pattern: Pattern, match: re.Match[str], scope: str, script: orig
     return not (pattern.unchecked and match["v"] and _comparison_of(match["v"]).search(scope))
 
 
-def _is_own(pattern: Pattern, match: re.Match[str], script: origins.Script) -> bool:
+def _is_own(pattern: Pattern, match: re.Match[str], script: origins.Script, name: str) -> bool:
     """Whether what the match says of shell variables is the script's own, so that nobody else has a say in it."""
     if "v" not in pattern.match.groupindex:  # type: ignore[union-attr]  # only a pattern that matches text is foreign
-        return script.are_settled(match[0], match.start())
+        settled = script.are_inputs_settled if name == "terraform" else script.are_settled
+        return settled(*match.span())
     if not match["v"]:
         return False
     return script.is_settled(match["v"], match.start("v"), environment=pattern.foreign != "unset")

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from server.guard.code import find_insecure
 from server.guard.origins import Script
 
 
@@ -67,3 +68,109 @@ def test_a_long_text_of_many_variables_is_judged_in_time() -> None:
         script.is_settled(f"v{i}", 0)
         script.is_settled("1", i * 20)
     assert time.process_time() - started < 10
+
+
+LONG = "x" * 250_000
+OUTSIDE = [  # each was once taken for what the script or its operator says
+    'eval "$EDITOR $1"',
+    'eval "$HOME/bin/run $1"',
+    'eval "$HOME/x $(cat /tmp/upload)"',
+    'eval "$HOME/x ${!name}"',
+    'eval "$HOME/x"; eval "$1"',
+    'eval "$HOME/x \\\n  $1"',
+    'bash -c "$HOME/run ${!name}"',
+    'bash -c "$HOME/run $(curl http://e/x)"',
+    'bash -c "$HOME/run\n$1"',
+    'X=$(curl -s https://e.example/x)\nbash -c "$X"',
+    'X=$(date; curl -s https://e.example/x)\nbash -c "$X"',
+    'X="$(date)$1"\nbash -c "$X"',
+    'bash -c "$PULL_TEXT"',
+    'eval "$WEBHOOK_DATA $X"',
+    "CONF=/etc/app.conf\necho " + LONG + '\nCONF=$1\nsource "$CONF"',
+    "URL=https://e.example\n" * 60 + 'URL=$1\ncurl "$URL"',
+    'URL="https://e.example/' + "x" * 301 + '$1"\ncurl "$URL"',
+    'mapfile -t CONF < "$1"\nsource "$CONF"',
+    'while getopts a: CONF; do\nsource "$CONF"\ndone',
+    ': "${CONF:=$1}"\nsource "$CONF"',
+    'printf -v URL %s "$1"\ncurl "$URL"',
+    'f() {\n  local url=https://e.example\n}\ng() {\n  curl "$url"\n}',
+    'f() {\n  local URL\n}\ncurl "$URL"',
+    "URL=$1\necho 'case $URL in'\ncurl \"$URL\"",
+    'URL=$1\necho "validate $URL"\necho \'validate $URL\'\ncurl "$URL"',
+    'while read -r line; do\n[[ $line == \\#* ]] && continue\neval "export $line"\ndone < "$1"',
+    'while read -r line; do\n[[ $line =~ ^[[:space:]]*# ]] && continue\neval "export $line"\ndone < "$1"',
+    'declare -A run\nrun[a]=$1\nbash -c "${run[a]}"',
+]
+
+
+@pytest.mark.parametrize("code", OUTSIDE, ids=[code[-40:] for code in OUTSIDE])
+def test_what_is_not_known_is_not_settled(code: str) -> None:
+    assert find_insecure(f"#!/bin/bash\n{code}\n", "shell")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        'eval "$HOME/bin/run $(date +%s)"',
+        'tool=/usr/bin/tool\nbash -c "$tool --jobs $(nproc) && $HOME/bin/next"',
+        'root=$(cd "$(dirname "$0")" && pwd)\nbash -c "$root/run"',
+        'bash -c "cd $APP_HOME && make"',
+        'case "$URL" in\n  https://e.example/*) ;;\n  *) exit 1 ;;\nesac\ncurl "$URL"',
+        ': "${CONF:=/etc/app.conf}"\nsource "$CONF"',
+        'printf -v URL "%s/%s" https://e.example x\ncurl "$URL"',
+    ],
+)
+def test_what_the_script_says_in_full_is(code: str) -> None:
+    assert not find_insecure(f"#!/bin/bash\n{code}\n", "shell")
+
+
+def terraform(variables: str, command: str) -> bool:
+    step = f'  provisioner "local-exec" {{\n    command = {command}\n  }}\n'
+    return bool(find_insecure(f'{variables}\nresource "null_resource" "x" {{\n{step}}}\n', "terraform"))
+
+
+NUMBER = 'variable "n" {\n  type = number\n}\n'
+
+
+@pytest.mark.parametrize(
+    ("variables", "command"),
+    [
+        ('variable "cmd" {}\n' + NUMBER, '"run ${var.cmd}"'),
+        ('variable "cmd" { default = "x" }\n' + NUMBER, '"run ${var.cmd}"'),
+        ('variable "cmd" {\n  description = "type = number"\n}\n', '"run ${var.cmd}"'),
+        ('variable "cmd" {\n  type = object({\n    type = number\n  })\n}\n', '"run ${var.cmd}"'),
+        (NUMBER, '"run ${var.n} ${local.x} ${data.http.e.body}"'),
+        (NUMBER, '"run ${var.n} ${var.n == 1 ? local.x : 0}"'),
+        (NUMBER, "<<EOT\nrun ${var.n}\nrun ${local.x}\nEOT"),
+        (NUMBER, '"run ${var.n} %{ for x in local.y }${x}%{ endfor }"'),
+    ],
+)
+def test_an_input_of_terraform_is_judged_by_its_own_block(variables: str, command: str) -> None:
+    assert terraform(variables, command)
+
+
+@pytest.mark.parametrize("command", ['"run ${var.n} ${path.module} ${aws_instance.x.id}"', "<<EOT\nrun ${var.n}\nEOT"])
+def test_a_number_of_terraform_is_no_command(command: str) -> None:
+    assert not terraform(NUMBER, command)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'eval "$a $b"\n' + "\n" * 19_000 + "x",
+        'eval "$a $b"\ndeclare -' + "i" * 19_000,
+        'eval "$a $b"\nif' + "\n" * 19_000 + "x",
+        'eval "$a $b"\n' + 'a="' * 6_000,
+        'eval "$a $b"\n' + "a=$(" * 4_000,
+        'eval "$a $b"\n' + "read " * 4_000,
+        'eval "$a $b"\n' + "for a in " * 2_000,
+        'eval "$a"' + "`" * 15_000,
+    ],
+    ids=lambda text: text[12:30].strip(),
+)
+def test_a_hostile_script_is_read_in_time(text: str) -> None:
+    script = Script(text)
+    begin = time.process_time()
+    script.are_settled(0, 8)
+    script.is_settled("a", 0)
+    assert time.process_time() - begin < 1
