@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _OWN_VARIABLES = re.compile(
-    r"HOME|PWD|OLDPWD|USER|LOGNAME|TMPDIR|HOSTNAME|UID|EUID|RANDOM|SECONDS|BASHPID|PPID|XDG_\w+"
+    r"HOME|PWD|OLDPWD|USER|LOGNAME|TMPDIR|HOSTNAME|UID|EUID|RANDOM|SECONDS|BASHPID|PPID|XDG_\w+|BASH_SOURCE|LINENO|FUNCNAME"
 )
 # The environment is the operator's, but for what a web server, a pipeline or the shell puts into it from outside.
 _ENVIRONMENT = re.compile(r"[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)*_?")
@@ -24,7 +24,7 @@ _GIVEN_BY_OTHERS = re.compile(
 )
 # What of it may stand in a text that is run: where the operator has put things, and how they are called.
 _OPERATOR = re.compile(
-    r"(?:\w+_)?(?:HOME|ROOT|DIR|DIRECTORY|PATH|PREFIX|BIN|FILE|HOST|PORT|DB|DATABASE|SCHEMA|TABLE|VERSION|EDITOR|VISUAL|PAGER|SHELL|BROWSER|"
+    r"PG(?:DATABASE|HOST|PORT|USER)|(?:\w+_)?(?:HOME|ROOT|DIR|DIRECTORY|PATH|PREFIX|BIN|FILE|HOST|PORT|DB|DATABASE|SCHEMA|TABLE|VERSION|EDITOR|VISUAL|PAGER|SHELL|BROWSER|"
     r"REGION|ZONE|CLUSTER|NAMESPACE|STAGE|ENV|PROFILE|ARCH|JOBS|OPTS|OPTIONS|FLAGS|DAYS|LIMIT|TIMEOUT|SIZE|COUNT)"
 )
 _NUMBERS_AND_FACTS = re.compile(
@@ -37,7 +37,13 @@ _CLEANED = re.compile(
 )
 _CLEANED_VALUE = re.compile(r"\$\{\w+//\[[!^][^}$\n]{0,200}\}|\$\{\w+@Q\}")
 _HANDS_ON = re.compile(r"\s*(?:echo|printf|basename|dirname|realpath|readlink|cd|pwd|command -v|which|true)\b")
-_FILTERS = re.compile(r"\s*(?:tr|cut|sed|awk|head|tail|sort|uniq|grep|base64|sha\d+sum|md5sum|wc|xargs)\b")
+_FILTERS = re.compile(r"\s*(?:tr|cut|sed|awk|head|tail|sort|uniq|grep|base64|sha\d+sum|md5sum|wc)\b")
+# Of the commands that give facts these say what they are given too, where nothing cuts it off.
+_SAYS_ITS_ARGUMENTS = re.compile(
+    r"\s*(?:mktemp|wc|sha\d+sum|md5sum|cksum|du|df)\b|\s*stat\b[^\n]*%[nN]|\s*date\b[^\n]*\+\S*\$"
+)
+_READS_FROM = re.compile(r"<[ \t]*(?:\"[^\"]*\"|\S+)")
+_LITERAL = re.compile(r"'[^']*'")
 _COMMAND = re.compile(r"(?<!\\)(?:\$\(|`)")
 _BETWEEN_COMMANDS = re.compile(r"(\|\|?|&&|[;&\n])")
 _FOR_ALL_TO_WRITE = re.compile(r"[\"']?/(?:var/)?tmp/")
@@ -104,6 +110,7 @@ _INTERPOLATION = re.compile(r"(?<![$%])([$%])\{([^{}]{0,300})(\}?)")
 _DECLARED = re.compile(r"(?m)^[ \t]*variable\s+\"?([\w-]+)\"?\s*\{")
 _IS_NUMBER = re.compile(r"(?m)(?:^|\{)[ \t]*type[ \t]*=[ \t]*\"?(?:number|bool)\b\"?[ \t]*(?:$|\})")
 _VALIDATED = re.compile(r"\bcondition\s*=[^\n]{0,200}(?:regex|contains|can|alltrue)\b")
+_END_OF_LIST, _END_OF_LINE = re.compile(r"(?m)\][ \t]*$"), re.compile(r"(?m)$")
 _INNER_BLOCK = re.compile(r"\{[^{}]*\}")
 
 
@@ -253,7 +260,12 @@ class Script:
         if self._masked[start].isspace() and not self._code[start].isspace():
             return False
         own = self._function_at(start) if local else -1
-        return own not in local or own == around
+        return own not in local or own == around or (around >= 0 and self._is_called_in(local, around))
+
+    def _is_called_in(self, local: set[int], around: int) -> bool:
+        """Whether all calls of the function `around` stand in functions that keep the name: it sees what they set."""
+        calls = [at for at in self._calls.get(self._functions[around][2], []) if self._function_at(at) != around]
+        return 0 < len(calls) <= _MAX_SETTINGS and all(self._function_at(at) in local for at in calls)
 
     def _is_text_settled(self, text: str, at: int, name: str, trust: int, depth: int) -> bool:
         read = self._without_commands(text, _MAX_NESTED)
@@ -348,8 +360,7 @@ class Script:
         """Return the whole lines of what a match from `start` to `end` is in: its quotes closed, its here-document ended."""
         document = _HEREDOC.search(self._code, start, end)
         if document:
-            closing = re.compile(rf"(?m)^[ \t]*{re.escape(document[1])}[ \t]*$")
-            last = closing.search(self._code, end, end + _MAX_TEXT_CHARS)
+            last = _end_of(document[1]).search(self._code, end, end + _MAX_TEXT_CHARS)
             return self._code[start : last.start()] if last else None
         if end - start > _MAX_TEXT_CHARS:
             return None
@@ -381,27 +392,27 @@ class Script:
         if _CLEANED.search(inner):
             return ""
         parts = _BETWEEN_COMMANDS.split(inner)
-        facts = True
+        kept: list[str] = []
         for count, part in enumerate(parts[::2]):
-            if not part.strip():
-                continue
-            if _NUMBERS_AND_FACTS.match(part) or (count and parts[2 * count - 1] == "|" and _FILTERS.match(part)):
-                continue
-            facts = False
-            if not _HANDS_ON.match(part):
+            is_filter = count > 0 and parts[2 * count - 1] == "|" and _FILTERS.match(part) is not None
+            is_fact = _NUMBERS_AND_FACTS.match(part) is not None
+            if part.strip() and not (is_filter or is_fact or _HANDS_ON.match(part)):
                 return None
-        return "" if facts else self._without_commands(inner, depth)
+            said = part if '"' in part else _LITERAL.sub("", part)  # `awk '{print $1}'`
+            if is_fact and (len(parts) > 1 or not _SAYS_ITS_ARGUMENTS.match(part)):
+                said = ""
+            kept.append(_READS_FROM.sub("", said) if is_fact else said)
+        return self._without_commands("\n".join(kept), depth)
 
     def _terraform_text(self, start: int, end: int) -> str | None:
         code = self._code
         document = _HEREDOC.search(code, start, end)
         if document:
-            closing = re.compile(rf"(?m)^[ \t]*{re.escape(document[1])}[ \t]*$")
-            last = closing.search(code, end, end + _MAX_TEXT_CHARS)
+            last = _end_of(document[1]).search(code, end, end + _MAX_TEXT_CHARS)
         elif code.startswith("inline", start):
-            last = re.compile(r"(?m)\][ \t]*$").search(self._masked, end, end + _MAX_TEXT_CHARS)
+            last = _END_OF_LIST.search(self._masked, end, end + _MAX_TEXT_CHARS)
         else:
-            last = re.compile(r"(?m)$").search(code, end, end + _MAX_TEXT_CHARS)
+            last = _END_OF_LINE.search(code, end, end + _MAX_TEXT_CHARS)
         return code[start : last.start()] if last else None
 
     def _is_own_interpolation(self, mark: str, inside: str, closed: str) -> bool:
@@ -421,7 +432,7 @@ class Script:
             for match in _DECLARED.finditer(self._code):
                 at = bisect_right(ends, match.end() - 1)
                 begin, end = spans[at] if at < len(ends) else (0, 0)  # one that is not closed has no end
-                fits = begin < match.end() <= end <= match.end() + _MAX_TEXT_CHARS
+                fits = self._masked.find("{", begin) == match.end() - 1 and end <= match.end() + _MAX_TEXT_CHARS
                 fits = fits and self._is_checked_in(match.end(), end)
                 self._declared[match[1]] = fits and self._declared.get(match[1], True)
         return self._declared.get(name, False)
@@ -433,6 +444,10 @@ class Script:
         for _ in range(_MAX_NESTED):
             block = _INNER_BLOCK.sub("", block)
         return "{" not in block and _IS_NUMBER.search(block) is not None
+
+
+def _end_of(document: str) -> re.Pattern[str]:
+    return re.compile(rf"(?m)^[ \t]*{re.escape(document)}[ \t]*$")
 
 
 _NONE, _OPERATORS, _ANY = range(3)  # whom the environment is trusted to come from
