@@ -33,7 +33,7 @@ _NUMBERS_AND_FACTS = re.compile(
 )
 # What a command that is run within a text does to it: makes it harmless, or hands on what it is given and no more.
 _CLEANED = re.compile(
-    r"%q|%d|@Q\}|\$\{\w+//\[[!^]|\btr\s+-(?:cd|dc)\b|quote_(?:literal|ident)|\w*(?:escape|quote|sanit)\w*\s+[\"']?\$"
+    r"\bprintf\s(?![^\n|;]{0,300}%[-.\d]{0,6}[sbc])[^\n|;%]{0,80}%[-\d]{0,4}[qd]|@Q\}|\$\{\w+//\[[!^]|\btr\s+-(?:cd|dc)\b|quote_(?:literal|ident)|\w*(?:escape|quote|sanit)\w*\s+[\"']?\$"
 )
 _CLEANED_VALUE = re.compile(r"\$\{\w+//\[[!^][^}$\n]{0,200}\}|\$\{\w+@Q\}")
 _HANDS_ON = re.compile(r"\s*(?:echo|printf|basename|dirname|realpath|readlink|cd|pwd|command -v|which|true)\b")
