@@ -25,7 +25,7 @@ _MUCH_BYTES: Final = 1 << 30
 
 
 class Populated:
-    """Makes ranges of memory present, the last first: who fills them begins at the other end, and they meet half-way.
+    """Makes ranges of memory present, the largest and the last first, each from its end: who fills it begins in front.
 
     What is there already is left alone, whatever it holds, so it does not matter who comes first. Where the kernel does
     not know how (before 5.14) or has no large pages, nothing is different but the time. Of much memory nothing is made
@@ -46,7 +46,9 @@ class Populated:
             for address, num_bytes in self._ranges:
                 advise_huge_pages(address, num_bytes)
         if pool is not None and not is_much:
-            for address, num_bytes in reversed(self._ranges):
+            # The largest first: it keeps who fills it busy the longest.
+            by_size = sorted(enumerate(self._ranges), key=lambda one: (one[1][1], one[0]), reverse=True)
+            for _, (address, num_bytes) in by_size:
                 for offset in reversed(range(0, num_bytes, _STEP_BYTES)):
                     step = min(_STEP_BYTES, num_bytes - offset)
                     self._futures.append(pool.submit(self._step, address + offset, step))

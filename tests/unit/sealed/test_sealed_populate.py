@@ -96,6 +96,15 @@ def test_the_last_is_made_present_first_and_close_begins_no_more(monkeypatch: py
     assert steps == [new.address + MIB + 16 * MIB]
 
 
+def test_the_largest_comes_before_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+    monkeypatch.setattr(Populated, "_try_large_page", lambda _: False)
+    monkeypatch.setattr(populate, "populate", lambda address, _: steps.append(address))
+    with ThreadPoolExecutor(1) as pool, Populated([(1, MIB), (2 * MIB, 9 * MIB), (3, MIB), (4, 2 * MIB)], pool):
+        pool.shutdown()
+    assert steps == [10 * MIB, 2 * MIB, 4, 3, 1]
+
+
 class Kernel:
     """Gives large pages as quickly as it is told to, by a clock of its own."""
 
