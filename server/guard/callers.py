@@ -71,7 +71,7 @@ class Callers:
         if language == "java":
             return re.search(r"\bprivate\b", header) is not None
         if language in ("c", "cpp"):
-            return re.search(r"\bstatic\b", header) is not None or _PROGRAM.search(self._tree.masked) is not None
+            return re.search(r"\bstatic\b", header) is not None or self.is_program
         if node.kind in _METHODS:
             return name.startswith("#") or re.search(r"\bprivate\b", header) is not None
         return _EXPORTS.search(self._tree.masked) is not None
@@ -94,6 +94,11 @@ class Callers:
             return True
         node = self._names[start][1] if start in self._names else None
         return node is not None and _is_method(node)
+
+    @cached_property
+    def is_program(self) -> bool:
+        """Whether a file of C is a whole program, which nobody else calls into."""
+        return _PROGRAM.search(self._tree.masked) is not None
 
     @cached_property
     def _has_program(self) -> bool:

@@ -756,8 +756,7 @@ class Flow:
         if scope is None:
             return False
         is_static = re.match(r"(?:inline\s+)?static\b", self._tree.code[scope.start : scope.start + 20])
-        masked = self._tree.masked
-        if not is_static and (not re.search(r"int main\s*\(", masked) or re.search(r">>\s*[A-Za-z_]", masked)):
+        if not is_static and (not self._callers.is_program or re.search(r">>\s*[A-Za-z_]", self._tree.masked)):
             return False  # what `std::cin >> name` brings is not followed
         texts = {f"{name}@{scope.start}" for name, text in parameters(scope, self._tree) if _TEXT.search(text)}
         if not all(root.strip("!~_?") in texts for root in roots):

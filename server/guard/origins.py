@@ -248,7 +248,7 @@ class Script:
         given = self._settings.get(name, [])
         elsewhere = self._locals.get(name, set())
         if not given and not elsewhere:
-            return trust != _NONE and is_environment(name) and (trust == _ANY or _OPERATOR.fullmatch(name) is not None)
+            return trust != _NONE and _is_environment(name) and (trust == _ANY or _OPERATOR.fullmatch(name) is not None)
         if len(given) > _MAX_SETTINGS or not any(self._is_seen(start, around, elsewhere) for start, _ in given):
             return False
         return all(
@@ -462,6 +462,6 @@ def _names_in(match: re.Match[str]) -> list[str]:
     return [text for number, text in enumerate(match.groups(), 1) if text and number not in named]
 
 
-def is_environment(name: str) -> bool:
+def _is_environment(name: str) -> bool:
     """Whether a variable that no line sets is one that the operator gives."""
     return _ENVIRONMENT.fullmatch(name) is not None and not _GIVEN_BY_OTHERS.search(name)
