@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import json
 import statistics
 import sys
 import time
 
-from benchmarks.guard.rates import CASES, load_pairs
+from benchmarks.guard.rates import CASES, Pair, load_pairs
 from server.guard import code, release, scan
 from server.guard.worker import settle
 from server.guard.workers import WorkerPool
@@ -55,11 +56,16 @@ def token_us(mode: ScanMode | None, *, num_repeats: int = 40) -> list[float]:
     return [asyncio.run(play()) for _ in range(num_repeats)]
 
 
+@functools.cache
+def all_pairs() -> list[Pair]:
+    """Return the labelled twins of all sets, read once."""
+    folders = [CASES, *sorted(path for path in (CASES / "held-out").iterdir() if path.is_dir())]
+    return [pair for folder in folders for pair in load_pairs(folder)]
+
+
 def blocks(language: str) -> list[str]:
     """Return the labelled programs whose length is nearest to 40 lines."""
-    folders = [CASES, *sorted(path for path in (CASES / "held-out").iterdir() if path.is_dir())]
-    pairs = [pair for folder in folders for pair in load_pairs(folder) if pair.language == language]
-    programs = [text for pair in pairs for text in (pair.insecure, pair.safe)]
+    programs = [text for pair in all_pairs() if pair.language == language for text in (pair.insecure, pair.safe)]
     return sorted(programs, key=lambda text: abs(len(text.splitlines()) - NUM_LINES))[:MAX_BLOCKS]
 
 
@@ -106,7 +112,7 @@ def main() -> int:
         f"token of prose, {mode.value} (us)": round(statistics.median(token_us(mode)) - base, 2)
         for mode in (ScanMode.ANNOTATE, ScanMode.BLOCK)
     }
-    languages = sorted({p.language for p in load_pairs()})
+    languages = sorted({pair.language for pair in all_pairs()})
     settle()
     through_worker = asyncio.run(worker_ms(languages))
     for language in languages:

@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -27,6 +26,7 @@ from server.sealed.quantize import quantize_source
 from server.sealed.seal import seal_model
 from server.sealed.signature import LocalSigner, TrustedSigner, create_signing_key
 from server.sealed.unseal import unseal
+from tests.engine.sealed_loading import run_jobs
 
 
 def make_job(folder: Path, method: str) -> dict[str, object]:
@@ -59,21 +59,6 @@ def make_job(folder: Path, method: str) -> dict[str, object]:
     }  # fmt: skip
 
 
-def run(folder: Path, job: dict[str, object]) -> dict[str, Any]:
-    """Run one job in a new process and return what it tells."""
-    (folder / "jobs.json").write_text(json.dumps([job]))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.engine.sealed_loading", str(folder / "jobs.json")],
-        capture_output=True, text=True, check=False,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"},
-    )  # fmt: skip
-    told = [line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if not told:
-        raise RuntimeError(done.stderr[-3000:])
-    result: dict[str, Any] = json.loads(told[0])
-    return result
-
-
 def ratios(method: str, seconds: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     """Return and print the median of the rounds' ratios, for all weights and by what becomes of them."""
     found = {}
@@ -101,13 +86,14 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         for method in args.method or ["bf16"]:
             job = make_job(Path(scratch), method)
-            both = run(Path(scratch), job)
+            (both,) = run_jobs([job], Path(scratch))
             row = {"name": method, "num_parameters": both["num_parameters"], "equal": both["equal"]}
             print(f"{method}: {row['num_parameters']} parameters equal: {row['equal']}", flush=True)
             seconds: dict[str, list[dict[str, float]]] = {"plain": [], "sealed": []}
             for turn in range(args.rounds):
                 for way in ("sealed", "plain") if turn % 2 == 0 else ("plain", "sealed"):
-                    seconds[way] += run(Path(scratch), job | {"ways": [way]})[f"{way}_s"]
+                    (one,) = run_jobs([job | {"ways": [way]}], Path(scratch))
+                    seconds[way] += one[f"{way}_s"]
                 print(f"round {turn + 1} of {args.rounds}", end="\r", flush=True)
             rows.append(row | {f"{way}_s": values for way, values in seconds.items()} | ratios(method, seconds))
     args.out.mkdir(parents=True, exist_ok=True)

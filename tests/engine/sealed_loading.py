@@ -12,13 +12,32 @@ import json
 import os
 import re
 import socket
+import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
-ROUNDS = 1
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_jobs(jobs: list[dict[str, Any]], folder: Path, *, timeout_s: float = 280) -> list[dict[str, Any]]:
+    """Run this program on `jobs` in a new process and return what it tells of each.
+
+    Raises:
+        RuntimeError: It did not tell of all; with the end of what it printed.
+    """
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.engine.sealed_loading", str(folder / "jobs.json")],
+        capture_output=True, text=True, cwd=ROOT, check=False, timeout=timeout_s,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"},
+    )  # fmt: skip
+    found = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if len(found) != len(jobs):
+        raise RuntimeError(done.stdout[-3000:] + done.stderr[-3000:])
+    return found
 
 
 @contextlib.contextmanager
@@ -143,29 +162,27 @@ def digest(model: Any) -> dict[str, str]:
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Load plain and sealed in turn, or one of the `ways`; tell whether every parameter is the same, and the times."""
+    """Load plain and sealed, or one of the `ways`; tell whether every parameter is the same, and the times."""
     from server.errors import SealError
 
     result: dict[str, Any] = {"name": job["name"], "plain_s": [], "sealed_s": []}
     quantization = job.get("quantization")
-    for turn in range(job.get("rounds", ROUNDS)):
-        digests: dict[str, dict[str, str]] = {}
-        # Who comes first changes: what one frees, the other may find ready.
-        for way in job.get("ways") or (("sealed", "plain") if turn % 2 == 0 else ("plain", "sealed")):
-            if way == "plain":
-                digests[way], _, seconds = load(job["plain"], "safetensors", {}, quantization)
-            else:
-                with key_agent(job) as manifest_sha256, counted_kernels() as opened:
-                    extra = {"manifest_sha256": manifest_sha256} | job.get("extra", {})
-                    try:
-                        digests[way], num_bytes, seconds = load(job["sealed"], "strongroom", extra, quantization)
-                    except SealError as err:
-                        return result | {"refused": err.kind, "detail": err.detail}
-                result |= {"num_kernel_bytes": sum(opened), "num_bytes": num_bytes}
-            result[f"{way}_s"].append(seconds)
-        if len(digests) == 2:
-            result["num_parameters"] = sum(name.startswith("loaded ") for name in digests["sealed"])
-            result["equal"] = result.get("equal", True) and digests["plain"] == digests["sealed"]
+    digests: dict[str, dict[str, str]] = {}
+    for way in job.get("ways", ("sealed", "plain")):
+        if way == "plain":
+            digests[way], _, seconds = load(job["plain"], "safetensors", {}, quantization)
+        else:
+            with key_agent(job) as manifest_sha256, counted_kernels() as opened:
+                extra = {"manifest_sha256": manifest_sha256} | job.get("extra", {})
+                try:
+                    digests[way], num_bytes, seconds = load(job["sealed"], "strongroom", extra, quantization)
+                except SealError as err:
+                    return result | {"refused": err.kind, "detail": err.detail}
+            result |= {"num_kernel_bytes": sum(opened), "num_bytes": num_bytes}
+        result[f"{way}_s"].append(seconds)
+    if len(digests) == 2:
+        result["num_parameters"] = sum(name.startswith("loaded ") for name in digests["sealed"])
+        result["equal"] = digests["plain"] == digests["sealed"]
     return result
 
 

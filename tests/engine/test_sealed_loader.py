@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from server.sealed.format import HEADER_BYTES, Suite, parse_header
 from server.sealed.quantize import METHODS, is_linear, quantize_source
 from server.sealed.source import load_source
 from server.sealed.unseal import unseal
+from tests.engine.sealed_loading import run_jobs
 from tests.unit.sealed.test_sealed_unseal import release
 from tests.unit.sealed.workshop import Workshop, open_workshop
 
@@ -129,14 +127,8 @@ def results(workshop: Workshop) -> dict[str, dict[str, Any]]:
     in_second = {"plain": str(folder / "bf16"), "sealed": str(folder / "second-sealed")}
     jobs += [common | in_second | {"name": name, "extra": extra} for name, extra in SECOND_SUITE.items()]
     jobs.append(common | {"name": "damaged", "plain": str(folder / "bf16"), "sealed": str(folder / "damaged-sealed")})
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.engine.sealed_loading", str(folder / "jobs.json")],
-        capture_output=True, text=True, cwd=ROOT, env=environment, check=False, timeout=280,
-    )  # fmt: skip
-    found = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert len(found) == len(jobs), done.stdout[-3000:] + done.stderr[-3000:]
+    found = run_jobs(jobs, folder)
+    assert len(found) == len(jobs)
     return {result["name"]: result for result in found}
 
 
