@@ -75,9 +75,13 @@ def populate(address: int, num_bytes: int) -> None:
     _advise(address, num_bytes, resource.getpagesize(), _MADV_POPULATE_WRITE)
 
 
+def whole_pages(address: int, num_bytes: int, page_bytes: int) -> tuple[int, int]:
+    """Return where the first whole page of a range begins and the last one ends: not behind it where there is none."""
+    return -(-address // page_bytes) * page_bytes, (address + num_bytes) // page_bytes * page_bytes
+
+
 def _advise(address: int, num_bytes: int, page_bytes: int, advice: int) -> None:
-    first = -(-address // page_bytes) * page_bytes
-    end = (address + num_bytes) // page_bytes * page_bytes
+    first, end = whole_pages(address, num_bytes, page_bytes)
     if first < end:
         _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), advice)
 

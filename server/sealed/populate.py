@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Final, Self
 
-from server.sealed.memory import HUGE_PAGE_BYTES, advise_huge_pages, populate
+from server.sealed.memory import HUGE_PAGE_BYTES, advise_huge_pages, populate, whole_pages
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -79,8 +79,8 @@ class Populated:
 
     def _try_large_page(self) -> bool:
         address, num_bytes = max(self._ranges, key=lambda r: r[1], default=(0, 0))
-        first = -(-address // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
-        if first + HUGE_PAGE_BYTES > address + num_bytes:
+        first, end = whole_pages(address, num_bytes, HUGE_PAGE_BYTES)
+        if first >= end:
             return False
         advise_huge_pages(first, HUGE_PAGE_BYTES)
         before = time.perf_counter()
